@@ -27,10 +27,10 @@ lab: $(READY) ## open JupyterLab on the notebooks
 setup: $(READY) ## make the environment (.venv) and install the project into it
 
 test: $(READY) ## run every notebook and the tests, on JOBS=2 processes
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not full" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not full" $(ARGS)
 
 test-full: $(READY) ## run the long tests: kills, fuzzing, whole data sets, released networks
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m full $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m full $(ARGS)
 
 export: $(READY) ## write the package and the README from the notebooks, and clean the notebooks
 	$(BIN)/jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/experiments/*.ipynb

@@ -77,7 +77,7 @@ def _is_orphan(
     except (ProcessLookupError, FileNotFoundError): return True
     except (PermissionError, ValueError): return False
 
-# %% ../nbs/00_core.ipynb #508c1477
+# %% ../nbs/00_core.ipynb #6797fbb3
 def say_disk_full(
     error:OSError, # what the system reported
     path:Path, # the file that was to be written
@@ -85,7 +85,8 @@ def say_disk_full(
     "A one-line error for a disk, a quota or a file size limit that is used up."
     reasons = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota used up", errno.EFBIG: "file size limit reached"}
     if error.errno not in reasons: return error
-    return OSError(error.errno, f"{reasons[error.errno]} writing {path}: free some space or write elsewhere, then run again; the old file, if any, is whole")
+    remedy = "free some space or write elsewhere, then run again; the old file, if any, is whole"
+    return OSError(error.errno, f"{reasons[error.errno]} writing {path}: {remedy}")
 
 # %% ../nbs/00_core.ipynb #02d4a7d9
 def _sync(
@@ -231,10 +232,23 @@ def read_records(
     "Read all records whose id matches."
     return [read_record(path) for path in sorted(_record_folder(root).glob(f"{pattern}.json"))]
 
-# %% ../nbs/00_core.ipynb #d6d6c9bd
+# %% ../nbs/00_core.ipynb #640719f3
+def _leave_word(
+    file:str|None, # where the caller looks, or None
+    **word, # label, done, total, postfix
+) -> None:
+    "Write the state of a loop as JSON for whoever started this run."
+    if not file: return
+    try:
+        temporary = f"{file}.{os.getpid()}.tmp"
+        Path(temporary).write_text(json.dumps(word))
+        os.replace(temporary, file)
+    except OSError: pass # a bar is never worth a failed run
+
+# %% ../nbs/00_core.ipynb #046ada74
 class track:
     "Iterate with a progress bar on the terminal, and a word in $ROBUSTINT_PROGRESS for whoever started this run."
-    _depth = 0 # loops being tracked now; only the outermost reports to the file
+    _depth = 0 # loops being tracked now; only the outermost leaves word
 
     def __init__(self,
         iterable, # anything to iterate over
@@ -243,37 +257,28 @@ class track:
         label:str="", # what is going on, for the bar
         unit:str="it", # what one item is called
     ):
-        self.iterable, self.label = iterable, label
+        self.label, self.file, self.done, self.postfix, self.told = label, os.environ.get("ROBUSTINT_PROGRESS"), 0, {}, 0.0
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
         self.bar = tqdm(iterable, total=self.total, desc=label or None, unit=unit, disable=None, leave=False)
-        self.done, self.postfix, self.told = 0, {}, 0.0
-        self.file = os.environ.get("ROBUSTINT_PROGRESS")
 
     def __len__(self): return self.total
 
     def __iter__(self):
         track._depth, outermost = track._depth + 1, track._depth == 0
         try:
-            if outermost: self._tell(now=True)
             for item in self.bar:
+                if outermost and time.monotonic() - self.told > 0.2: self._tell()
                 yield item
                 self.done += 1
-                if outermost: self._tell()
         finally:
             track._depth -= 1
-            if outermost: self._tell(now=True)
+            if outermost: self._tell()
 
     def set_postfix(self, **values): # shown behind the bar, for example loss=0.31
         "Show values behind the bar."
         self.postfix = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
         self.bar.set_postfix(self.postfix, refresh=False)
 
-    def _tell(self, now=False):
-        if not self.file or (not now and time.monotonic() - self.told < 0.2): return
+    def _tell(self):
         self.told = time.monotonic()
-        word = json.dumps({"label": self.label, "done": self.done, "total": self.total, "postfix": self.postfix})
-        try:
-            temporary = f"{self.file}.{os.getpid()}.tmp"
-            Path(temporary).write_text(word)
-            os.replace(temporary, self.file)
-        except OSError: pass # a bar is never worth a failed run
+        _leave_word(self.file, label=self.label, done=self.done, total=self.total, postfix=self.postfix)

@@ -178,7 +178,7 @@ def _load_folders(
 # %% ../nbs/10_data.ipynb #d465349a
 DATASETS = {"digits": 28, "mnist": 28, "cifar10": 32, "restricted_imagenet": 224, "restricted_tiny_imagenet": 64} # side in pixels
 
-# %% ../nbs/10_data.ipynb #908c70db
+# %% ../nbs/10_data.ipynb #75c9142d
 def load_dataset(
     name:str, # digits, mnist, cifar10, restricted_imagenet or restricted_tiny_imagenet
     split:str="test", # train, validation (the first 5,000 training images; 200 of the digits) or test
@@ -193,7 +193,9 @@ def load_dataset(
     if size not in (None, DATASETS[name]) and name in ("mnist", "cifar10"):
         raise ValueError(f"{name} comes as {DATASETS[name]}x{DATASETS[name]} pixels; got size {size}: leave size out")
     size = size or DATASETS[name]
-    if name == "digits": return Dataset(*_load_digits(split, size)[:2], name, split, _load_digits(split, size)[2])
+    if name == "digits":
+        images, labels, class_names = _load_digits(split, size)
+        return Dataset(images, labels, name, split, class_names)
     if name.startswith("restricted"): pixels, labels, class_names = _load_folders(name, split, root, size)
     else:
         pixels, labels, class_names = {"mnist": _load_mnist, "cifar10": _load_cifar10}[name]("test" if split == "test" else "train", root)

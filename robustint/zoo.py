@@ -98,10 +98,8 @@ class _Recorded:
     def __init__(self, *arguments): self.arguments, self.state = arguments, ()
     def __setstate__(self, state): self.state = state
 
-# %% ../nbs/12_zoo.ipynb #f0eede30
-class _Array(_Recorded): __slots__ = () # numpy.ndarray, and the function that rebuilds one
-class _Type(_Recorded): __slots__ = () # numpy.dtype
-class _Scalar(_Recorded): __slots__ = () # the function that rebuilds one number
+# %% ../nbs/12_zoo.ipynb #a9f7805d
+_Array, _Type, _Scalar = (type(name, (_Recorded,), {"__slots__": ()}) for name in ("_Array", "_Type", "_Scalar"))
 
 # %% ../nbs/12_zoo.ipynb #da12c82e
 class RestrictedUnpickler(pickle._Unpickler):
@@ -191,9 +189,10 @@ def load_released(
     except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"no released network {path}: run `robustint fetch released`, or correct the path") from None
     return build_released(content, path, architecture)
 
-# %% ../nbs/12_zoo.ipynb #243d3d90
-_METHODS = {"normal": "normal", "adv": "adv", "trades": "trades", "ig_norm": "ig", "ig_norm_sum": "igsum", "int_one_class": "intone",
-            "int": "int", "int_adv": "intadv", "int2": "int2", "int2_adv": "int2adv"}
+# %% ../nbs/12_zoo.ipynb #3e14278d
+_METHODS = { # our names, and those in the file names
+    "normal": "normal", "adv": "adv", "trades": "trades", "ig_norm": "ig", "ig_norm_sum": "igsum", "int_one_class": "intone",
+    "int": "int", "int_adv": "intadv", "int2": "int2", "int2_adv": "int2adv"}
 _DATASETS = {"mnist": ("mnist", 100), "cifar10": ("cifar", 200), "restricted_imagenet": ("restimagenet", 35)}
 
 # %% ../nbs/12_zoo.ipynb #58dbae4d

@@ -10,7 +10,6 @@ from house import COMPONENTS, EXPERIMENTS, ROOT
 from nbclient import NotebookClient
 from papermill.exceptions import PapermillExecutionError
 
-from robustint.data import load_dataset
 from robustint.reproduce import TARGETS, plan
 
 RUNS = [path for path in EXPERIMENTS if path.stem.startswith("run_")]
@@ -76,14 +75,11 @@ def test_run_notebook_writes_one_whole_record(path, tmp_path, kept_as_it_was):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_report_is_made_from_the_records_of_its_runs(target, tmp_path, kept_as_it_was):
+def test_report_is_made_from_the_records_of_its_runs(target, tmp_path, kept_as_it_was, data):
     "The whole chain at smoke scale: trainings, attacks, report."
     jobs, report = plan(target, scale="smoke", weights=["trained"])
     for name in sorted({job.parameters["dataset"] for job in jobs}):
-        try:
-            load_dataset(name, "test")
-        except FileNotFoundError as error:
-            pytest.skip(f"no data: {error}")
+        data(name)
     for job in jobs:
         execute(ROOT / f"nbs/experiments/{job.notebook}.ipynb", tmp_path, **job.parameters)
     assert set(records_in(tmp_path)) == {job.name for job in jobs}
