@@ -110,7 +110,7 @@ def check_attack(model, images, labels, eps, steps, norm):
     check_labels(labels, len(images), logits.shape[1])
     return eps
 
-# %% ../nbs/30_pgd.ipynb #03041890
+# %% ../nbs/30_pgd.ipynb #192ef2c3
 def pgd(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits; normalisation is its first layer
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -129,6 +129,7 @@ def pgd(
     network = fold(model, frozen=True)
     with evaluation_mode(network):
         eps = check_attack(network, images, labels, eps, steps, norm)
+        if eps == 0: return images.clone()
         ball = BALLS[str(norm)](eps)
         start = ball.random_start(images, generator) if random_start else None
         return ascend(label_objective(network, labels, targeted=targeted), images, ball,
