@@ -177,7 +177,7 @@ def make_record(
             "code": code_version(), "libraries": {name: str(version) for name, version in versions.items()},
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/00_core.ipynb #bf61cb7c
+# %% ../nbs/00_core.ipynb #147f7ab1
 def _plain(
     value, # what stands in a record
     place:str, # where it stands, for the error
@@ -189,7 +189,8 @@ def _plain(
     if isinstance(value, (list, tuple)): return [_plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
     if not isinstance(value, float) and getattr(value, "ndim", None) == 0: return _plain(value.item(), place)
     if not isinstance(value, float):
-        raise ValueError(f"{place} is a {type(value).__name__}: a record holds numbers, strings, lists and dictionaries; use .tolist() or float()")
+        remedy = "a record holds numbers, strings, lists and dictionaries; use .tolist() or float()"
+        raise ValueError(f"{place} is a {type(value).__name__}: {remedy}")
     if not math.isfinite(value): raise ValueError(f"{place} is {value}: a record holds finite numbers; find where the run went wrong")
     return float(value)
 

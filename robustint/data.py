@@ -111,19 +111,21 @@ FILES = {
     "released": {f"reference_networks/{name}": digest for name, digest in RELEASED.items()},
 }
 
-# %% ../nbs/10_data.ipynb #514f379a
+# %% ../nbs/10_data.ipynb #5a1370ec
 def read_verified(
     name:str, # mnist, cifar10 or released
     file:str, # a key of FILES[name]: the path under the root
     root:str|Path|None=None, # the data root; None: $ROBUSTINT_DATA, else data/raw
 ) -> bytes: # the content, which has the SHA-256 it should have
     "Read a file and compare its SHA-256. Raises FileNotFoundError when it is missing, ValueError when it is damaged."
-    path, remedy = data_root(root)/file, f"run `robustint fetch {name}`, or set ROBUSTINT_DATA to the folder that holds it"
-    try: content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"{name}: no file {file} under the data root {data_root(root)}: {remedy}") from None
+    where = f"{file} under the data root {data_root(root)}"
+    remedy = f"run `robustint fetch {name}`, or set ROBUSTINT_DATA to the folder that holds it"
+    try: content = (data_root(root)/file).read_bytes()
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"{name}: no file {where}: {remedy}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != FILES[name][file]:
-        raise ValueError(f"{name}: the file {file} under the data root {data_root(root)} is damaged ({len(content)} bytes, SHA-256 {found[:8]}.. and not {FILES[name][file][:8]}..): {remedy}")
+        difference = f"{len(content)} bytes, SHA-256 {found[:8]}.. and not {FILES[name][file][:8]}.."
+        raise ValueError(f"{name}: the file {where} is damaged ({difference}): {remedy}")
     return content
 
 # %% ../nbs/10_data.ipynb #e15e09da
@@ -154,7 +156,7 @@ def _load_cifar10(
 # %% ../nbs/10_data.ipynb #13fba293
 SUPER_CLASSES = ("dog", "cat", "frog", "turtle", "bird", "primate", "fish", "crab", "insect")
 
-# %% ../nbs/10_data.ipynb #2cdeea79
+# %% ../nbs/10_data.ipynb #c3dff8d9
 def _load_folders(
     name:str, # restricted_imagenet or restricted_tiny_imagenet
     part:str, # train or test (the folders are called train and val)
@@ -167,18 +169,21 @@ def _load_folders(
     files = [(path, label) for label, title in enumerate(SUPER_CLASSES)
              for path in sorted((folder/title).glob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not files:
-        raise FileNotFoundError(f"{name}: no images in {folder} under the data root {data_root(root)}: put them in one folder per super-class ({', '.join(SUPER_CLASSES)}), or set ROBUSTINT_DATA; they cannot be fetched")
+        remedy = f"put them in one folder per super-class ({', '.join(SUPER_CLASSES)}), or set ROBUSTINT_DATA; they cannot be fetched"
+        raise FileNotFoundError(f"{name}: no images in {folder.relative_to(data_root(root))} under the data root {data_root(root)}: {remedy}")
     pixels = numpy.empty((len(files), size, size, 3), numpy.uint8)
     for row, (path, _) in zip(pixels, files):
         try:
             with Image.open(path) as image: row[:] = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except (OSError, SyntaxError): raise ValueError(f"{name}: the image {path} under the data root {data_root(root)} is damaged: copy it there again, or remove it") from None
+        except (OSError, SyntaxError):
+            file = path.relative_to(data_root(root))
+            raise ValueError(f"{name}: the image {file} under the data root {data_root(root)} is damaged: copy it there again, or remove it") from None
     return pixels.transpose(0, 3, 1, 2), numpy.array([label for _, label in files]), SUPER_CLASSES
 
 # %% ../nbs/10_data.ipynb #d465349a
 DATASETS = {"digits": 28, "mnist": 28, "cifar10": 32, "restricted_imagenet": 224, "restricted_tiny_imagenet": 64} # side in pixels
 
-# %% ../nbs/10_data.ipynb #75c9142d
+# %% ../nbs/10_data.ipynb #a49f66ab
 def load_dataset(
     name:str, # digits, mnist, cifar10, restricted_imagenet or restricted_tiny_imagenet
     split:str="test", # train, validation (the first 5,000 training images; 200 of the digits) or test
@@ -192,7 +197,8 @@ def load_dataset(
     if split not in splits: raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     if size not in (None, DATASETS[name]) and name in ("mnist", "cifar10"):
         raise ValueError(f"{name} comes as {DATASETS[name]}x{DATASETS[name]} pixels; got size {size}: leave size out")
-    size = size or DATASETS[name]
+    size = DATASETS[name] if size is None else size
+    if type(size) is not int or size < 1: raise ValueError(f"size is the side of the images in pixels, 1 or more; got {size!r}: write size={DATASETS[name]}")
     if name == "digits":
         images, labels, class_names = _load_digits(split, size)
         return Dataset(images, labels, name, split, class_names)
@@ -231,7 +237,7 @@ ARCHIVES = {
 }
 AUTHORS = "https://raw.githubusercontent.com/AkhilanB/Proper-Interpretability/9b3e616/networks"
 
-# %% ../nbs/10_data.ipynb #ea26e23a
+# %% ../nbs/10_data.ipynb #65e673ba
 def _unpack(
     name:str, # mnist or cifar10
     archive:Path, # a verified archive, removed afterwards
@@ -246,7 +252,8 @@ def _unpack(
         for file in wanted:
             found = staging/file if name == "cifar10" else staging/Path(file).name
             if not found.is_file() or sha256(found) != FILES[name][file]:
-                raise ValueError(f"{name}: {archive.name} does not hold the right {Path(file).name}: remove {archive} and run `robustint fetch {name}` again")
+                remedy = f"remove {archive} and run `robustint fetch {name}` again"
+                raise ValueError(f"{name}: {archive.name} does not hold the right {Path(file).name}: {remedy}")
             (root/file).parent.mkdir(parents=True, exist_ok=True)
             found.replace(root/file)
         archive.unlink()

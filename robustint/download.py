@@ -30,7 +30,7 @@ def _receive(
             for chunk in chunks: file.write(chunk)
     return length is None or part.stat().st_size == have + int(length)
 
-# %% ../nbs/03_download.ipynb #e6cdab76
+# %% ../nbs/03_download.ipynb #9673efd2
 def _receive_all(
     address:str, # http(s):// or file://
     part:Path, # what has come so far; appended to
@@ -38,19 +38,22 @@ def _receive_all(
 ) -> bool: # True when it was put together from more than one answer
     "Ask until all of a file has come. Raises ConnectionError in one line when it cannot be had."
     resumed, elsewhere = part.exists(), "give another address with source= or ROBUSTINT_SOURCE"
-    for attempt in range(5):
+    most, futile = 0, 0 # bytes so far, answers that brought no more
+    while futile < 5:
         try:
             if _receive(address, part, progress): return resumed
         except urllib.error.HTTPError as error:
             if error.code == 416 and resumed: return True # nothing comes after what we have
             raise ConnectionError(f"{address} answers {error.code} {error.reason}: {elsewhere}") from None
         except (ConnectionError, TimeoutError, http.client.HTTPException): pass # a cut
-        except urllib.error.URLError as error: raise ConnectionError(f"{address} cannot be reached ({error.reason}): check the network, or {elsewhere}") from None
+        except urllib.error.URLError as error:
+            raise ConnectionError(f"{address} cannot be reached ({error.reason}): check the network, or {elsewhere}") from None
         except ValueError: raise ValueError(f"{address} is no address: write one that begins with http:// or https://") from None
-        resumed = True
-    raise ConnectionError(f"{address} was cut short five times: run the same command again, it goes on where it stopped")
+        resumed, size = True, part.stat().st_size if part.exists() else 0
+        most, futile = max(most, size), 0 if size > most else futile + 1
+    raise ConnectionError(f"{address} was cut short after {most} bytes: run the same command again, it goes on where it stopped")
 
-# %% ../nbs/03_download.ipynb #0cf853c8
+# %% ../nbs/03_download.ipynb #c592420e
 def download(
     address:str, # http(s):// or file://
     path:str|Path, # where the file goes
@@ -58,7 +61,7 @@ def download(
     *,
     progress:bool=True, # whether to show a bar
 ) -> Path: # the same path
-    "Download a file; resume where it was cut short. Raises ConnectionError when it cannot be had, ValueError when it is corrupted, OSError when the disk is full."
+    "Download a file, resume where it was cut short. Raises ConnectionError (cannot be had), ValueError (corrupted), OSError (full disk)."
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -70,4 +73,5 @@ def download(
             if not resumed: break
     except ConnectionError: raise
     except OSError as error: raise say_disk_full(error, path) from None
-    raise ValueError(f"{address} is corrupted (SHA-256 {found[:8]}.. and not {digest[:8]}..): it was refused and removed; run again, or give another address with source= or ROBUSTINT_SOURCE")
+    raise ValueError(f"{address} is corrupted (SHA-256 {found[:8]}.. and not {digest[:8]}..): it was refused and removed; "
+                     "run again, or give another address with source= or ROBUSTINT_SOURCE")

@@ -9,12 +9,13 @@ __all__ = ['DATASETS', 'MODELS', 'COLUMNS', 'read_paper_table', 'list_cells', 'f
 # %% ../nbs/81_tables.ipynb #b0acb27d
 from pathlib import Path
 
-# %% ../nbs/81_tables.ipynb #06fa2819
+# %% ../nbs/81_tables.ipynb #a8f6e951
 import pandas
 from matplotlib.figure import Figure
 from .checks import parse_fraction
 from .core import project_root, read_record
 from .evaluation import seed_interval, wilson_interval
+from .jobs import training_label
 from .objectives import METHODS
 from .plots import COLOURS, MARKERS, add_caption, draw_curves, new_figure
 
@@ -33,7 +34,7 @@ def read_paper_table(
 DATASETS = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "restricted_imagenet": "R-ImageNet"}
 MODELS = {"small": "Small", "pool": "Pool", "wresnet": "WResnet"}
 
-# %% ../nbs/81_tables.ipynb #b902028f
+# %% ../nbs/81_tables.ipynb #391efd24
 def list_cells(
     records:list[dict], # of attacks, from run_pgd
 ) -> pandas.DataFrame: # one row for each record and eps
@@ -42,7 +43,7 @@ def list_cells(
     for record in records:
         made = record["parameters"]
         named = {"dataset": DATASETS[made["dataset"]], "model": MODELS[made["architecture"]], "method": METHODS[made["method"]].title,
-                 "weights": "-".join(word for word in (made["weights"], made.get("label", "")) if word), "seed": record["seed"], "record": record["id"]}
+                 "weights": "-".join(word for word in (made["weights"], training_label(made.get("train_id"))) if word), "seed": record["seed"], "record": record["id"]}
         rows += [named | {"epsilon": str(cell["epsilon"]), "eps": round(cell["eps"], 6), "correct": cell["correct"], "images": cell["n"]}
                  for cell in record["metrics"]["cells"]]
     return pandas.DataFrame(rows, columns=["dataset", "model", "method", "weights", "seed", "record", "epsilon", "eps", "correct", "images"])

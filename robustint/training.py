@@ -149,7 +149,7 @@ def describe_method(method):
     if not hasattr(method, "inner"): return type(method).__name__
     return [[term.__name__ for term in terms] for terms in (method.inner, method.outer)] + [method.gamma, method.normalisation]
 
-# %% ../nbs/41_training.ipynb #38bee2bf
+# %% ../nbs/41_training.ipynb #6fbac912
 def train(
     model:nn.Module, # network to be trained in place: images in [0,1] -> logits
     images:torch.Tensor, # training images, (N, C, H, W) in [0,1]; moved to the model's device once
@@ -192,4 +192,5 @@ def train(
         if state is not None and (late or run.step % per_epoch == 0):
             run.save(state, settings)
             saved = time.monotonic()
+    run.optimiser.zero_grad(set_to_none=True) # nothing of the last step stays behind
     return run.log

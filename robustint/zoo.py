@@ -30,7 +30,7 @@ def save_tensors(
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return write_atomic(path, safetensors.torch.save(plain, metadata={"robustint": json.dumps(header, sort_keys=True)}))
 
-# %% ../nbs/12_zoo.ipynb #8b3ce6e3
+# %% ../nbs/12_zoo.ipynb #7acdccc3
 def read_header(
     path:str|Path, # a file written by save_tensors or save_checkpoint
 ) -> dict: # the header
@@ -40,11 +40,14 @@ def read_header(
             length = struct.unpack("<Q", file.read(8))[0]
             if length > 10**8: raise ValueError("no header is that long")
             text = json.loads(file.read(length))
-    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"no checkpoint {path}: train the network that belongs there, or correct the path") from None
-    except (struct.error, ValueError, RecursionError): raise ValueError(f"{path} is cut short or no safetensors file: delete it and make it again") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no checkpoint {path}: train the network that belongs there, or correct the path") from None
+    except (struct.error, ValueError, RecursionError):
+        raise ValueError(f"{path} is cut short or no safetensors file: delete it and make it again") from None
     metadata = text.get("__metadata__", {}) if isinstance(text, dict) else {}
     try: header = json.loads(metadata["robustint"])
-    except (KeyError, TypeError, ValueError): raise ValueError(f"{path} has no robustint header: it was not written by save_checkpoint; load it with safetensors") from None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} has no robustint header: it was not written by save_checkpoint; load it with safetensors") from None
     return header
 
 # %% ../nbs/12_zoo.ipynb #605205af
@@ -57,7 +60,7 @@ def load_tensors(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({str(error).splitlines()[0]}): delete it and make it again") from None
 
-# %% ../nbs/12_zoo.ipynb #71d04b16
+# %% ../nbs/12_zoo.ipynb #4a085bea
 def save_checkpoint(
     path:str|Path, # the file to write, .safetensors by custom
     model:nn.Module, # a Small, Pool or WResnet, or the folded form of one
@@ -71,19 +74,29 @@ def save_checkpoint(
     "Write a network with a header that says what it is. Raises ValueError for another architecture."
     model = model.model if isinstance(model, Folded) else model
     architecture = next((name for name, kind in ARCHITECTURES.items() if type(model) is kind), None)
-    if architecture is None: raise ValueError(f"a checkpoint holds one of {', '.join(ARCHITECTURES)}; got {type(model).__name__}: use save_tensors with its state_dict()")
+    if architecture is None:
+        raise ValueError(f"a checkpoint holds one of {', '.join(ARCHITECTURES)}; got {type(model).__name__}: use save_tensors with its state_dict()")
     header = {"format": 1, "architecture": architecture, "channels": model.convolutions[0].in_channels, "classes": len(model.head),
               "dataset": dataset, "method": method, "seed": seed, "parameters": parameters, "version": robustint.__version__}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     return save_tensors(path, tensors | {f"extra.{name}": tensor for name, tensor in (extra or {}).items()}, header)
 
-# %% ../nbs/12_zoo.ipynb #28db4300
+# %% ../nbs/12_zoo.ipynb #5da45be1
+def _make_empty(
+    architecture:str, # small, pool or wresnet
+    channels:int, # of the images
+    classes:int, # number of logits
+) -> nn.Module: # its weights are to be overwritten
+    "A network to fill; torch's global generator stays as it was."
+    with torch.random.fork_rng(devices=[]): return make_model(architecture, channels=channels, classes=classes, generator=make_generator(0))
+
+# %% ../nbs/12_zoo.ipynb #63764cbe
 def load_checkpoint(
     path:str|Path, # a file written by save_checkpoint
 ) -> tuple[nn.Module, dict]: # the network, on the CPU in evaluation mode; its header
-    "Build the network a checkpoint describes. Raises FileNotFoundError when it is missing, ValueError when it is damaged or holds something else."
+    "Build the network a checkpoint describes. Raises FileNotFoundError (missing), ValueError (damaged, or something else)."
     tensors, header = load_tensors(path)
-    try: model = make_model(header["architecture"], channels=header["channels"], classes=header["classes"], generator=make_generator(0))
+    try: model = _make_empty(header["architecture"], header["channels"], header["classes"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise ValueError(f"{path} describes no network of ours: load it with load_tensors") from None
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -112,41 +125,58 @@ class RestrictedUnpickler(pickle._Unpickler):
         if (module, name) in self.names: return self.names[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no array needs; nothing of it was run")
 
-# %% ../nbs/12_zoo.ipynb #b8a1f18f
+# %% ../nbs/12_zoo.ipynb #94c883f4
+def _to_type(
+    kind, # what stands in for a numpy.dtype, or anything else
+) -> numpy.dtype: # of floats
+    "The type a stand-in remembers. Raises UnpicklingError for all but floats."
+    order = kind.state[1] if isinstance(kind, _Type) and kind.state else "<"
+    if not isinstance(kind, _Type) or kind.arguments[0] not in ("f2", "f4", "f8") or order not in ("<", ">"):
+        raise pickle.UnpicklingError("it holds an array that is not of floats")
+    return numpy.dtype(order + kind.arguments[0])
+
+# %% ../nbs/12_zoo.ipynb #6265a391
 def _to_array(
-    value, # a stand-in, or anything else
+    value, # what stands in for a numpy.ndarray or one of its numbers, or anything else
 ) -> numpy.ndarray: # float32
-    "The array a stand-in remembers. Raises UnpicklingError when it is no array of floats, or its bytes do not fill its shape."
+    "The array a stand-in remembers. Raises UnpicklingError when it is none, or its bytes do not fill its shape."
     if isinstance(value, float): return numpy.float32(value)
     if isinstance(value, _Scalar): (kind, content), shape, by_column = value.arguments, (), False
     elif isinstance(value, _Array): _, shape, kind, by_column, content = value.state
     else: raise pickle.UnpicklingError("it holds something that is no array")
-    name, order = kind.arguments[0], kind.state[1] if kind.state else "<"
-    if not isinstance(kind, _Type) or name not in ("f2", "f4", "f8") or order not in ("<", ">", "|", "="): raise pickle.UnpicklingError("it holds an array that is not of floats")
-    content = content.encode("latin1") if isinstance(content, str) else content
-    if not isinstance(content, bytes) or not all(type(side) is int and side >= 0 for side in shape) or len(content) != int(name[1]) * math.prod(shape):
+    kind, content = _to_type(kind), content.encode("latin1") if isinstance(content, str) else content
+    whole = isinstance(content, bytes) and all(type(side) is int and side >= 0 for side in shape)
+    if not whole or len(content) != kind.itemsize * math.prod(shape):
         raise pickle.UnpicklingError("it holds an array whose bytes do not fill its shape")
-    array = numpy.frombuffer(content, numpy.dtype(("<" if order in "|=" else order) + name))
-    return array.reshape(shape, order="F" if by_column else "C").astype(numpy.float32)
+    return numpy.frombuffer(content, kind).reshape(shape, order="F" if by_column else "C").astype(numpy.float32)
 
-# %% ../nbs/12_zoo.ipynb #4575ae91
+# %% ../nbs/12_zoo.ipynb #4cd5e692
+def _are_layers(
+    layers:list, # of tuples of arrays
+) -> bool: # True for pairs, the first a kernel, and last a linear weight
+    "Whether arrays are arranged as those of a released network."
+    if len(layers) < 2 or [len(layer) for layer in layers] != [2] * (len(layers) - 1) + [1]: return False
+    kernel, linear = layers[0][0], layers[-1][0]
+    return kernel.ndim == 4 and linear.ndim == 4 and linear.shape[:2] == (1, 1)
+
+# %% ../nbs/12_zoo.ipynb #df278310
 def read_released(
     content:bytes, # of a released file
     file:str|Path, # its name, for the errors
 ) -> list[tuple[numpy.ndarray, ...]]: # (weight HWIO, bias) for each convolution and pooling layer, then (weight 1x1xKxC,)
-    "The arrays of a released network. Raises ValueError for a pickle that is cut short, or holds anything but a list of tuples of arrays; no code of it is run."
+    "The arrays of a released network; nothing of the pickle is run. Raises ValueError when it is cut short or holds anything else."
     try:
         layers = RestrictedUnpickler(io.BytesIO(content), encoding="latin1").load()
-        if not isinstance(layers, list) or not all(isinstance(layer, tuple) for layer in layers): raise pickle.UnpicklingError("it is no list of layers")
+        if not isinstance(layers, list) or not all(isinstance(layer, tuple) for layer in layers):
+            raise pickle.UnpicklingError("it is no list of layers")
         layers = [tuple(_to_array(value) for value in layer) for layer in layers]
-        if [len(layer) for layer in layers] != [2] * (len(layers) - 1) + [1] or len(layers) < 2 or layers[0][0].ndim != 4 or layers[-1][0].shape[:2] != (1, 1) or layers[-1][0].ndim != 4:
-            raise pickle.UnpicklingError("its layers have other shapes")
-        return layers
-    except Exception as error: # a damaged pickle fails in any way whatever
+        if not _are_layers(layers): raise pickle.UnpicklingError("its layers have other shapes")
+    except Exception as error:
         reason = str(error) if type(error) is pickle.UnpicklingError else "it is cut short or damaged"
         raise ValueError(f"{file} is no released network: {reason}; run `robustint fetch released` for a good one") from None
+    return layers
 
-# %% ../nbs/12_zoo.ipynb #b48f134c
+# %% ../nbs/12_zoo.ipynb #35b593f7
 def _fill(
     model:nn.Module, # a fresh network
     layers:list, # as from read_released
@@ -156,15 +186,19 @@ def _fill(
     convolutions, (head,) = [layer for layer in layers[:-1] if numpy.isfinite(layer[0]).any()], layers[-1]
     arrays = [numpy.transpose(array, (3, 2, 0, 1)) if array.ndim == 4 else array for pair in convolutions for array in pair] + [head[0, 0].T]
     targets = [tensor for layer in model.convolutions for tensor in (layer.weight, layer.bias)] + [model.head]
-    if len(arrays) != len(targets): raise ValueError(f"{file} does not fit {type(model).__name__}: it holds {len(convolutions)} convolutions, not {len(model.convolutions)}; give the right architecture=")
+    misfit = f"{file} does not fit {type(model).__name__}: it holds"
+    if len(arrays) != len(targets):
+        raise ValueError(f"{misfit} {len(convolutions)} convolutions, not {len(model.convolutions)}; give the right architecture=")
     for array, target in zip(arrays, targets):
-        if array.shape != tuple(target.shape): raise ValueError(f"{file} does not fit {type(model).__name__}: it holds an array of shape {array.shape} in place of {tuple(target.shape)}; give the right architecture=")
-    if not all(numpy.isfinite(array).all() for array in arrays): raise ValueError(f"{file} holds NaN or infinity among its weights; run `robustint fetch released` for a good one")
+        if array.shape != tuple(target.shape):
+            raise ValueError(f"{misfit} an array of shape {array.shape} in place of {tuple(target.shape)}; give the right architecture=")
+        if not numpy.isfinite(array).all():
+            raise ValueError(f"{file} holds NaN or infinity among its weights; run `robustint fetch released` for a good one")
     with torch.no_grad():
         for target, array in zip(targets, arrays): target.copy_(torch.from_numpy(array.copy()))
     return model.eval()
 
-# %% ../nbs/12_zoo.ipynb #234706b2
+# %% ../nbs/12_zoo.ipynb #72c7f939
 def build_released(
     content:bytes, # of a released file
     file:str|Path, # its name: mnist_smallgap_int_100.pkl
@@ -176,9 +210,9 @@ def build_released(
     if architecture is None: raise ValueError(f"the name of {file} tells no architecture: give architecture='small', 'pool' or 'wresnet'")
     layers = read_released(content, file)
     channels, classes = layers[0][0].shape[2], layers[-1][0].shape[3]
-    return _fill(make_model(architecture, channels=channels, classes=classes, generator=make_generator(0)), layers, file)
+    return _fill(_make_empty(architecture, channels, classes), layers, file)
 
-# %% ../nbs/12_zoo.ipynb #73761565
+# %% ../nbs/12_zoo.ipynb #762a37f6
 def load_released(
     path:str|Path, # a released file, for example mnist_smallgap_int_100.pkl
     *,
@@ -186,7 +220,8 @@ def load_released(
 ) -> nn.Module: # on the CPU, in evaluation mode
     "Read one of the authors' released networks safely. Raises FileNotFoundError when it is missing, ValueError when it is not one."
     try: content = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f"no released network {path}: run `robustint fetch released`, or correct the path") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no released network {path}: run `robustint fetch released`, or correct the path") from None
     return build_released(content, path, architecture)
 
 # %% ../nbs/12_zoo.ipynb #3e14278d
@@ -195,7 +230,7 @@ _METHODS = { # our names, and those in the file names
     "int": "int", "int_adv": "intadv", "int2": "int2", "int2_adv": "int2adv"}
 _DATASETS = {"mnist": ("mnist", 100), "cifar10": ("cifar", 200), "restricted_imagenet": ("restimagenet", 35)}
 
-# %% ../nbs/12_zoo.ipynb #58dbae4d
+# %% ../nbs/12_zoo.ipynb #995ea5d8
 def released_name(
     method:str, # a name of robustint.objectives.METHODS
     dataset:str, # mnist, cifar10 or restricted_imagenet
@@ -203,13 +238,14 @@ def released_name(
 ) -> str: # a key of robustint.data.RELEASED
     "The file of a released network. Raises ValueError when there is none."
     prefix, epochs = _DATASETS.get(dataset, (dataset, 0))
-    name = f"{prefix}_{architecture.replace('small', 'smallgap')}_{_METHODS.get(method, method)}_{epochs}.pkl"
-    if name in RELEASED: return name
-    there = [key for key, word in _METHODS.items() if f"{prefix}_{architecture.replace('small', 'smallgap')}_{word}_{epochs}.pkl" in RELEASED]
-    remedy = f"choose one of {', '.join(there)}" if there else "choose mnist small, cifar10 small, cifar10 wresnet or restricted_imagenet wresnet"
-    raise ValueError(f"there is no released network {method} on {dataset} {architecture}: {remedy}")
+    network = "smallgap" if architecture == "small" else architecture
+    names = {key: f"{prefix}_{network}_{word}_{epochs}.pkl" for key, word in _METHODS.items()}
+    there = [key for key, name in names.items() if name in RELEASED]
+    if method in there: return names[method]
+    remedy = ", ".join(there) if there else "mnist small, cifar10 small, cifar10 wresnet or restricted_imagenet wresnet"
+    raise ValueError(f"there is no released network {method} on {dataset} {architecture}: choose {'one of ' if there else ''}{remedy}")
 
-# %% ../nbs/12_zoo.ipynb #c215388a
+# %% ../nbs/12_zoo.ipynb #73c1c463
 def _find_trained(
     start:str, # dataset-architecture-method
     eps:str|None, # as written in the id; None: the only one there is
@@ -219,7 +255,8 @@ def _find_trained(
     "The one training record that fits. Raises FileNotFoundError when there is none, ValueError when there are several."
     pattern = rf"{re.escape(start)}-eps{'[^-]+' if eps is None else re.escape(str(eps).replace('/', '_'))}-s{seed}\.json"
     found = sorted(path for path in (root/"records").glob("*.json") if re.fullmatch(pattern, path.name))
-    if not found: raise FileNotFoundError(f"no record of a training {start} with seed {seed} in {root/'records'}: train it with the notebook run_train")
+    if not found:
+        raise FileNotFoundError(f"no record of a training {start} with seed {seed} in {root/'records'}: train it with the notebook run_train")
     if len(found) > 1: raise ValueError(f"several trainings fit ({', '.join(path.stem for path in found)}): say which with eps=")
     return root/"networks"/f"{found[0].stem}.safetensors", read_record(found[0])
 

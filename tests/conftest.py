@@ -44,11 +44,11 @@ def released():
 class Server:
     """Serves files out of a dictionary, and fails on request.
 
-    files: content by name; cut: send at most so many bytes an answer; ranges: whether to answer 206;
+    files: content by name; cut: send at most so many bytes an answer; end: send no byte from here on; ranges: whether to answer 206;
     stall: wait before the end of an answer; reset: close the connection hard after the cut; status: answer this only."""
 
     def __init__(self):
-        self.files, self.cut, self.ranges, self.stall, self.reset, self.status = {}, None, True, 0.0, False, None
+        self.files, self.cut, self.end, self.ranges, self.stall, self.reset, self.status = {}, None, None, True, 0.0, False, None
         self.asked = []  # (name, first byte) of every request
         outer = self
 
@@ -80,7 +80,7 @@ class Server:
             handler.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         handler.send_header("Content-Length", str(len(content) - first))
         handler.end_headers()
-        end = len(content) if self.cut is None else first + self.cut
+        end = min(limit for limit in (len(content), self.end, None if self.cut is None else first + self.cut) if limit is not None)
         try:
             handler.wfile.write(content[first:end])
             handler.wfile.flush()

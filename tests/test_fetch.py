@@ -43,18 +43,27 @@ def test_a_cut_is_mended_on_the_spot(server, address, tmp_path):
 
 
 def test_a_connection_that_breaks(server, address, tmp_path):
-    server.cut, server.reset = 200_000, True
+    server.cut, server.reset, server.stall = 200_000, True, 0.2
     assert download(address, tmp_path / "file", DIGEST).read_bytes() == CONTENT
 
 
-def test_cut_too_often_it_goes_on_the_next_time(server, address, tmp_path):
-    server.cut = 100_000
-    with pytest.raises(ConnectionError, match="run the same command again, it goes on where it stopped") as error:
+def test_cut_for_good_it_goes_on_the_next_time(server, address, tmp_path):
+    server.end = 300_000
+    with pytest.raises(ConnectionError, match="cut short after 300000 bytes: run the same command again, it goes on where it stopped") as error:
         download(address, tmp_path / "file", DIGEST)
     one_line(error)
-    assert os.listdir(tmp_path) == ["file.part"] and (tmp_path / "file.part").stat().st_size == 500_000
+    assert os.listdir(tmp_path) == ["file.part"] and (tmp_path / "file.part").stat().st_size == 300_000
+    assert len(server.asked) == 6, "it gives up after five answers that bring nothing"
+    server.end = None
     assert download(address, tmp_path / "file", DIGEST).read_bytes() == CONTENT
-    assert server.asked[-1] == ("file", 500_000)
+    assert server.asked[-1] == ("file", 300_000)
+
+
+def test_a_server_that_cuts_and_cannot_resume(server, address, tmp_path):
+    server.cut, server.ranges = 200_000, False
+    with pytest.raises(ConnectionError, match="cut short after 200000 bytes"):
+        download(address, tmp_path / "file", DIGEST)
+    assert len(server.asked) == 6
 
 
 def test_a_server_that_cannot_resume(server, address, tmp_path):
@@ -223,12 +232,13 @@ def test_fetch_refuses_a_corrupted_archive(name, request, server, tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_fetch_goes_on_where_it_was_cut(name, request, server, tmp_path):
     content = request.getfixturevalue(name)
-    server.cut = 20
+    server.end = 50
     with pytest.raises(ConnectionError, match="goes on where it stopped"):
         fetch(name, tmp_path, source=server.address)
-    server.cut = None
+    server.end = None
+    server.asked.clear()
     fetch(name, tmp_path, source=server.address)
-    assert holds(tmp_path, content) and any(first == 100 for _, first in server.asked)
+    assert holds(tmp_path, content) and server.asked[0][1] == 50
 
 
 def test_an_archive_that_holds_the_wrong_thing(mnist, server, tmp_path, monkeypatch):

@@ -1,0 +1,76 @@
+"""Accuracies, intervals, and signs of masked gradients."""
+import pytest
+import torch
+from statistics import NormalDist
+from torch import nn
+
+from robustint.core import make_generator
+from robustint.data import load_dataset
+from robustint.evaluation import accuracy, correct, masking_warnings, robust_accuracy, seed_interval, wilson_interval
+from robustint.models import make_model
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", "test").subset(range(60))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("small", channels=1, generator=make_generator(0))
+
+
+def test_accuracy_is_the_share_of_right_answers_in_any_batching(model, digits):
+    by_hand = (model(digits.images).argmax(1) == digits.labels).double().mean().item()
+    assert all(accuracy(model, digits.images, digits.labels, batch_size=b) == pytest.approx(by_hand) for b in (1, 7, 60, 500))
+    assert correct(model, digits.images, digits.labels).shape == (60,)
+
+
+def test_zero_eps_is_the_clean_accuracy(model, digits):
+    labels = model(digits.images).argmax(1)
+    assert robust_accuracy(model, digits.images, labels, eps=0) == accuracy(model, digits.images, labels) == 1
+    assert robust_accuracy(model, digits.images, labels, eps=0.3, steps=40) < 0.2
+
+
+@pytest.mark.parametrize("k, n", [(0, 200), (1, 200), (100, 200), (199, 200), (200, 200), (3, 7)])
+def test_wilsons_interval_by_its_formula(k, n):
+    z, p = NormalDist().inv_cdf(0.975), k / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = wilson_interval(k, n)
+    assert low == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-9) and high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-9)
+    assert 0 <= low <= p <= high <= 1
+
+
+def test_the_interval_over_seeds_is_students():
+    mean, low, high = seed_interval([0.2, 0.4, 0.6])
+    assert mean == pytest.approx(0.4) and high - mean == pytest.approx(mean - low, abs=1e-9) or low == 0
+    assert seed_interval([0.5, 0.5])[1:] == (0.5, 0.5)
+    with pytest.raises(ValueError, match="two seeds"):
+        seed_interval([0.5])
+
+
+def test_masked_gradients_are_noticed(model, digits):
+    class Rounded(nn.Module):
+        def forward(self, images):
+            return model((images * 4).round() / 4)
+
+    class Noisy(nn.Module):
+        def forward(self, images):
+            return model(images) + torch.randn(len(images), 10)
+
+    labels = model(digits.images).argmax(1)
+    assert masking_warnings(model, digits.images, labels) == []
+    assert any("exactly zero" in w for w in masking_warnings(Rounded(), digits.images, labels))
+    assert any("asked twice" in w for w in masking_warnings(Noisy(), digits.images, labels))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(images=lambda x: x * 255), "divide by 255"), (dict(labels=lambda y: y + 10), "below 10"), (dict(labels=lambda y: y.float()), "whole numbers"),
+    (dict(images=lambda x: x[:0]), "empty"), (dict(images=lambda x: x.expand(-1, 3, -1, -1)), "3 channels"), (dict(model=lambda m: nn.Sequential(m, nn.Softmax(1))), "softmax")])
+def test_bad_input(change, message, model, digits):
+    good = dict(model=model, images=digits.images, labels=digits.labels)
+    for name, value in change.items():
+        good[name] = value(good[name])
+    with pytest.raises(ValueError) as error:
+        accuracy(**good)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,248 @@
+"""The training loop and the ten methods: what they compute, and that a kill at any moment loses nothing."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robustint.core import make_generator
+from robustint.data import load_dataset
+from robustint.discrepancy import soft_discrepancy
+from robustint.interpreters import cams
+from robustint.models import fold, make_model
+from robustint.objectives import METHODS, Pair, attribution_norm, make_method
+from robustint.training import find_perturbed, piecewise, ramp, train
+from robustint.zoo import load_tensors
+
+SETTINGS = dict(epochs=2, batch_size=20, learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=2, inner_step_size=0.05)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits").subset(range(200))
+
+
+def fresh(architecture="small"):
+    return make_model(architecture, channels=1, generator=make_generator(0))
+
+
+def pair(seed=0):
+    images = torch.rand(6, 1, 28, 28, generator=make_generator(seed))
+    perturbed = (images + 0.2 * torch.rand(images.shape, generator=make_generator(seed + 1)) - 0.1).clamp(0, 1)
+    return images, perturbed, torch.arange(6)
+
+
+def losses(name, network, **options):
+    images, perturbed, labels = pair()
+    return make_method(name, **options).loss(network, images, perturbed, labels)
+
+
+def test_there_are_the_ten_methods_of_table_1():
+    assert [m.title for m in METHODS.values()] == ["Normal", "Adv", "TRADES", "IG-Norm", "IG-Norm-Sum", "Int-one-class", "Int", "Int-Adv", "Int2", "Int2-Adv"]
+
+
+def test_every_outer_loss_is_the_protocols():
+    """Each loss again, written out from the table of objectives with the plain network and the maps of the interpreters."""
+    network, (images, perturbed, labels) = fresh(), pair()
+    clean, adversarial = (F.cross_entropy(network(x), labels, reduction="none") for x in (images, perturbed))
+    probabilities = network(images).softmax(1)
+    kl = (probabilities * (network(images).log_softmax(1) - network(perturbed).log_softmax(1))).sum(1)
+    before, after = (cams(network, x, divide_by_positions=False) for x in (images, perturbed))
+    d = 2 * soft_discrepancy(before, after, network(perturbed), labels)
+    one = (before - after)[range(6), labels].abs().sum((1, 2))
+    r = attribution_norm(Pair(network, images, labels, perturbed))
+    expected = {"normal": clean, "adv": adversarial, "trades": clean + kl, "ig_norm": clean + r, "ig_norm_sum": adversarial + r,
+                "int_one_class": clean + 0.01 * one, "int": clean + 0.01 * d, "int_adv": adversarial + 0.01 * d,
+                "int2": clean + 0.01 * d, "int2_adv": adversarial + 0.01 * d}
+    assert set(expected) == set(METHODS)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses(name, fold(network)), value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_attribution_norm_is_the_sum_over_five_points_one_by_one():
+    network, (images, perturbed, labels) = fresh(), pair()
+    total = torch.zeros_like(images)
+    for k in range(1, 6):
+        z = (images + k / 5 * (perturbed - images)).requires_grad_()
+        total += torch.autograd.grad(F.cross_entropy(network(z), labels), z)[0] / 5
+    expected = ((perturbed - images) * total).abs().sum((1, 2, 3))
+    torch.testing.assert_close(attribution_norm(Pair(fold(network), images, labels, perturbed)), expected, atol=1e-6, rtol=1e-3)
+
+
+def test_gamma_in_both_scales():
+    network = fresh()
+    for name, positions in (("int", 98), ("int_one_class", 49)):
+        code, paper = losses(name, network, gamma=0.01), losses(name, network, gamma=0.01 * positions, normalisation="paper")
+        torch.testing.assert_close(code, paper, rtol=1e-5, atol=1e-6)
+        literal = losses(name, network, gamma=0.01, normalisation="paper") - losses("normal", network)
+        torch.testing.assert_close((code - losses("normal", network)) / literal, torch.full((6,), float(positions)), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name, digits):
+    model = fresh()
+    log = train(model, digits.images, digits.labels, make_method(name), **SETTINGS)
+    assert [e["epoch"] for e in log] == [1, 2] and all(math.isfinite(e["loss"]) for e in log)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), fresh().parameters()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_perturbed_images_stay_in_the_ball(digits):
+    images, labels = digits.images[:10], digits.labels[:10]
+    for name in METHODS:
+        perturbed = find_perturbed(fresh(), images, labels, make_method(name), eps=0.1, steps=3, step_size=0.3, generator=make_generator(0))
+        assert (perturbed - images).abs().max() <= 0.1 + 1e-6 and perturbed.min() >= 0 and perturbed.max() <= 1
+        assert torch.equal(perturbed, images) == (name == "normal")
+        assert find_perturbed(fresh(), images, labels, make_method(name), eps=0, steps=3, step_size=0.3) is images
+
+
+def test_schedules():
+    assert [round(ramp(s, 2000, 10_000, 0.3), 6) for s in (0, 1999, 2000, 6000, 10_000, 10**6)] == [0, 0, 0, 0.15, 0.3, 0.3]
+    assert [piecewise(s, [[0, 1e-3], [40_000, 1e-4], [60_000, 1e-5]]) for s in (0, 39_999, 40_000, 59_999, 60_000)] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-5]
+
+
+def test_the_log_follows_the_schedules_and_the_evaluation(digits):
+    log = train(fresh(), digits.images, digits.labels, make_method("adv"), **SETTINGS | {"learning_rate": [[0, 1e-3], [15, 1e-4]]},
+                evaluate=lambda model: {"share": 0.5 if not model.training else 1.0})
+    assert [e["learning_rate"] for e in log] == [1e-3, 1e-4] and log[-1]["eps"] == pytest.approx(0.1)
+    assert [e["step"] for e in log] == [10, 20] and all(e["share"] == 0.5 for e in log)
+
+
+def test_another_seed_gives_another_network(digits):
+    nets = []
+    for seed in (0, 0, 1):
+        nets.append(fresh())
+        train(nets[-1], digits.images, digits.labels, make_method("adv"), seed=seed, **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[2].parameters()))
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 13])
+def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_path, monkeypatch):
+    from robustint import training
+
+    unbroken, broken, state = fresh(), fresh(), tmp_path / "state.safetensors"
+    expected = train(unbroken, digits.images, digits.labels, make_method("int"), **SETTINGS)
+    real, steps = training.take_step, []
+
+    def stopping(*arguments):
+        steps.append(0)
+        if len(steps) > stop:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "take_step", stopping)
+        train(broken, digits.images, digits.labels, make_method("int"), state=state, save_every=0, **SETTINGS)
+    broken = fresh()
+    log = train(broken, digits.images, digits.labels, make_method("int"), state=state, **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), broken.parameters()))
+    assert [e["loss"] for e in log] == [e["loss"] for e in expected]
+
+
+def test_more_epochs_go_on_from_a_finished_run(digits, tmp_path):
+    state, longer = tmp_path / "state.safetensors", SETTINGS | {"epochs": 3}
+    in_one, in_two = fresh(), fresh()
+    train(in_one, digits.images, digits.labels, make_method("adv"), **longer)
+    train(in_two, digits.images, digits.labels, make_method("adv"), state=state, **SETTINGS)
+    train(in_two, digits.images, digits.labels, make_method("adv"), state=state, **longer)
+    assert all(torch.equal(a, b) for a, b in zip(in_one.parameters(), in_two.parameters()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp_path):
+    state, model = tmp_path / "state.safetensors", fresh()
+    train(model, digits.images, digits.labels, make_method("normal"), state=state, **SETTINGS)
+    before = state.read_bytes()
+
+    class Exploding:
+        inner = outer = ()
+        gamma = normalisation = None
+        def climb(self, *_): return None
+        def loss(self, network, images, *_): return network(images).sum(1) * math.inf
+
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train(fresh(), digits.images, digits.labels, Exploding(), state=tmp_path / "other.safetensors", **SETTINGS)
+    with pytest.raises(ValueError, match="other settings"):
+        train(fresh(), digits.images, digits.labels, make_method("adv"), state=state, **SETTINGS)
+    assert state.read_bytes() == before and load_tensors(state)[1]["step"] == 20
+
+
+BAD = [
+    (dict(images=lambda x: x * 255), "divide by 255"), (dict(labels=lambda y: y + 10), "below 10"), (dict(labels=lambda y: y.double()), "whole numbers"),
+    (dict(images=lambda x: x.expand(-1, 3, -1, -1)), "3 channels"), (dict(batch_size=500), "batch_size"), (dict(eps="8"), "8/255"),
+    (dict(epochs=-1), "epochs"), (dict(learning_rate=[[0, -1.0]]), "learning_rate"), (dict(learning_rate=[]), "learning_rate"), (dict(seed=-1), "seed"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD[:-1]] + ["seed"])
+def test_bad_input_is_refused_before_the_first_step(change, message, digits):
+    good = dict(images=digits.images, labels=digits.labels, **SETTINGS)
+    for name, value in change.items():
+        good[name] = value(good[name]) if callable(value) else value
+    model = fresh()
+    with pytest.raises(ValueError) as error:
+        train(model, good.pop("images"), good.pop("labels"), make_method("normal"), **good)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh().parameters()))
+
+
+PROGRAM = """
+import sys
+from robustint.core import make_generator, make_record, write_record
+from robustint.data import load_dataset
+from robustint.models import make_model
+from robustint.objectives import make_method
+from robustint.training import train
+from robustint.zoo import save_checkpoint
+import torch
+torch.set_num_threads(1)
+folder = sys.argv[1]
+digits, model = load_dataset("digits").subset(range(200)), make_model("small", channels=1, generator=make_generator(0))
+log = train(model, digits.images, digits.labels, make_method("adv"), state=folder + "/state.safetensors", save_every=0.0, epochs=12, batch_size=20,
+            learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=5, inner_step_size=0.05)
+save_checkpoint(folder + "/network.safetensors", model, dataset="digits", method="adv", seed=0, parameters={})
+losses = [e["loss"] for e in log]
+write_record(make_record("run", notebook="test", parameters={}, seed=0, n=200, seconds=0.0, device="cpu", metrics={"losses": losses}), folder)
+"""
+
+
+@pytest.mark.full
+def test_a_run_killed_twenty_times_ends_with_the_same_network_and_record(tmp_path):
+    from robustint.core import read_record, sha256
+
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], env=environment, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start(quiet).wait() == 0
+    whole, chance, kills = time.monotonic() - began, random.Random(0), 0
+    while kills < 20:
+        run = start(killed)
+        while not (killed / "state.safetensors").exists() and run.poll() is None and kills == 0:
+            time.sleep(0.02)  # the first kill comes after some work was done
+        time.sleep(chance.uniform(0.2, 1.0) * whole)
+        if run.poll() is None:
+            kills += 1
+            os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        if (killed / "run.json").exists():  # finished between two kills: begin again
+            for path in killed.iterdir():
+                path.unlink()
+        for path in killed.glob("*.safetensors"):
+            load_tensors(path)  # whatever stands there is whole
+    assert start(killed).wait() == 0
+    assert sha256(quiet / "network.safetensors") == sha256(killed / "network.safetensors")
+    a, b = (read_record(folder / "run.json") for folder in (quiet, killed))
+    assert json.dumps(a["metrics"]) == json.dumps(b["metrics"])
+    assert not list(killed.glob(".*.tmp"))
