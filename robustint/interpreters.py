@@ -182,9 +182,9 @@ def gradcampp(
     maps = (weights * features).sum(1)
     return maps.relu() if relu else maps
 
-# %% ../nbs/20_interpreters.ipynb #4a033dea
+# %% ../nbs/20_interpreters.ipynb #5bd80902
 def rectify_head(
-    model:nn.Module, # a network with a GAP head, or its folded form
+    model:nn.Module, # a network with a GAP head, or its folded form; where weights stand still, freeze it first
 ) -> nn.Module: # in the form in which it came; shares the convolutions, differentiable in the weights
     "The same network with relu(w) as its head: its CAMs are the paper code's GradCAM++."
     network = gap_network(model)

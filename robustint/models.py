@@ -85,13 +85,13 @@ def convolve_same(
         return F.conv2d(x, weight, bias, stride=stride, padding=top)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride)
 
-# %% ../nbs/11_models.ipynb #12e20491
+# %% ../nbs/11_models.ipynb #8cde6a51
 class GapNetwork(nn.Module):
     "A convolutional network that ends in global average pooling and a linear layer without bias (ICML paper, Section 2)."
 
     def __init__(self, shapes, features, classes, generator=None):
         super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(c, o, k, stride=s) for c, o, k, s in shapes)
+        self.convolutions = nn.ModuleList(nn.utils.skip_init(nn.Conv2d, c, o, k, stride=s) for c, o, k, s in shapes)
         self.head = nn.Parameter(torch.empty(classes, features))
         for weight in [c.weight for c in self.convolutions] + [self.head]:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
@@ -196,7 +196,7 @@ def mean_map(
     spread = F.conv_transpose2d(ones / math.prod(size), kernel)
     return spread[:, :, top:top + size[0], left:left + size[1]]
 
-# %% ../nbs/11_models.ipynb #2195653f
+# %% ../nbs/11_models.ipynb #aa919cf4
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -221,15 +221,12 @@ class Folded(nn.Module):
 
     def bias(self):
         "What the biases of the tail add to each map, (C,)."
-        biases = [self.model.head @ layer.bias for layer in self.model.tail() if layer is not None]
-        return sum(biases, torch.zeros_like(self.model.head[:, 0]))
+        return sum((self.model.head @ layer.bias for layer in self.model.tail() if layer is not None), self.model.head.new_zeros(len(self.model.head)))
 
     def logits_and_cams(self, images):
         "Logits (N, C), and the maps of all classes without the 1/u of eq. 1, (N, C, h, w)."
         kernels, bias = self.constant("kernels", self.kernels), self.constant("bias", self.bias)
-        first, *others = [convolve_same(a, k, bias if i == 0 else None)
-                          for i, (a, k) in enumerate(zip(self.model.trunk(images), kernels))]
-        cams = sum(others, first)
+        cams = sum(convolve_same(a, k) for a, k in zip(self.model.trunk(images), kernels)) + bias[:, None, None]
         return cams.mean((2, 3)), cams
 
     def cams(self, images): return self.logits_and_cams(images)[1]

@@ -101,8 +101,15 @@ def label_objective(
 # %% ../nbs/30_pgd.ipynb #bac3ab1e
 BALLS = {"inf": Linf, "2": L2}
 
-# %% ../nbs/30_pgd.ipynb #e1bc446d
-def check_attack(model, images, labels, eps, steps, norm):
+# %% ../nbs/30_pgd.ipynb #bab0868c
+def check_attack(
+    model:nn.Module, # classifier with logits as output
+    images:torch.Tensor, # (N, C, H, W) in [0,1]
+    labels:torch.Tensor, # (N,) integers
+    eps:float, # radius, also as "8/255"
+    steps:int=1, # number of steps
+    norm:str="inf", # "inf" or 2
+) -> float: # eps as a number
     "The checks every attack makes on entry; returns eps as a number. ValueError with the remedy."
     check_images(images, channels=getattr(model, "channels", None))
     if str(norm) not in BALLS: raise ValueError(f"norm must be 'inf' or 2; got {norm!r}")

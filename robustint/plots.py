@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'DASHES', 'PAGE', 'ShownFigure', 'new_figure', 'add_caption', 'as_array', 'draw_image',
-           'show_images', 'draw_map', 'overlay_map', 'draw_curves', 'plot_curves', 'style_table', 'save_figure',
-           'embed_figure', 'make_page']
+           'show_images', 'draw_map', 'overlay_map', 'show_map_rows', 'draw_curves', 'plot_curves', 'style_table',
+           'save_figure', 'embed_figure', 'make_page']
 
 # %% ../nbs/01_plots.ipynb #d38e3ac8
 import base64, html, io, textwrap
@@ -131,6 +131,28 @@ def overlay_map(
     limit = limit or float(abs(as_array(map)).max()) or 1.0
     figure, axes = new_figure(size=(size + 0.7, size))
     figure.colorbar(draw_map(axes[0, 0], map, limit=limit, image=image, title=title), ax=axes[0, 0], shrink=0.8)
+    return add_caption(figure, caption) if caption else figure
+
+# %% ../nbs/01_plots.ipynb #fd4a484c
+def show_map_rows(
+    rows:dict, # label -> cells, each (title, image or None, map or None)
+    *,
+    limit:float, # the value in full colour, for all maps
+    unit:str="", # of the maps, beside the colour bar
+    caption:str="",
+    size:float=1.5, # of one cell, inches
+) -> Figure:
+    "Rows of images and maps with one colour bar."
+    columns = max(len(cells) for cells in rows.values())
+    figure, axes = new_figure(len(rows), columns, size=(columns * size + 1.2, len(rows) * (size + 0.35)))
+    drawn = None
+    for line, (label, cells) in zip(axes, rows.items()):
+        line[0].set_ylabel(label, fontsize=10)
+        for ax, (title, image, map) in zip(line, cells):
+            if map is None: draw_image(ax, image, title)
+            else: drawn = draw_map(ax, map, limit=limit, image=image, title=title)
+        for ax in line[len(cells):]: ax.set_axis_off()
+    if drawn is not None: figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02).set_label(unit, fontsize=9)
     return add_caption(figure, caption) if caption else figure
 
 # %% ../nbs/01_plots.ipynb #c797f82e

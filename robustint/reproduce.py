@@ -9,10 +9,10 @@ __all__ = ['TARGETS', 'read_params', 'places', 'Target', 'plan']
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# %% ../nbs/90_reproduce.ipynb #5e3decc5
+# %% ../nbs/90_reproduce.ipynb #85b0fe33
 import yaml
 from .core import pick_device
-from .jobs import Job, attack_id, check_parameters, experiments_folder, known_values, nearest, notebook_parameters, training_id
+from .jobs import Job, attack_id, check_parameters, experiments_folder, known_values, nearest, notebook_parameters, training_id, training_label
 
 # %% ../nbs/90_reproduce.ipynb #dc81272d
 def read_params(
@@ -63,13 +63,12 @@ def _change(
     changed = {name: value for name, value in changes.items() if fits(name, value)}
     return parameters | changed | ({"scale": "changed"} if changes else {})
 
-# %% ../nbs/90_reproduce.ipynb #1dc8aac8
+# %% ../nbs/90_reproduce.ipynb #e4696c59
 def _attacks(
     table:dict, # a table of the params file
     scale:str,
     dataset:str,
     network:dict, # architecture, method, weights, and for trained ones train_id and seed
-    label:str, # of the training run
     where:dict, # from places
     changes:dict, # from the command line
 ) -> list[Job]:
@@ -81,11 +80,11 @@ def _attacks(
     for group in groups:
         named = {"dataset": dataset, **network, "eps": group, **attack, "scale": scale}
         parameters = _change("run_pgd", named, changes)
-        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group, label)
+        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group, training_label(network.get("train_id")))
         jobs.append(_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 
-# %% ../nbs/90_reproduce.ipynb #951ddae0
+# %% ../nbs/90_reproduce.ipynb #2b3260e6
 def _trained(
     params:dict, # the params file
     table:dict, # the table, with its scales
@@ -108,10 +107,10 @@ def _trained(
                 named |= {"label": label, "record_id": name}
                 jobs.append(_job(name, "run_train", _change("run_train", named, changes), where))
                 network = {"architecture": architecture, "method": method, "weights": "trained", "train_id": name, "seed": seed}
-                jobs += _attacks(table, scale, dataset, network, label, where, changes)
+                jobs += _attacks(table, scale, dataset, network, where, changes)
     return jobs
 
-# %% ../nbs/90_reproduce.ipynb #2e595c42
+# %% ../nbs/90_reproduce.ipynb #ca745d52
 def _table1(
     scale:str,
     weights:list[str], # "released", "trained" or both
@@ -129,7 +128,7 @@ def _table1(
         named = [(a, m) for a in settings["architectures"] for m in settings["methods"] if not methods or m in methods]
         as_paper = "paper" if scale == "short" else scale # the released networks know no schedule of ours
         for architecture, method in named if "released" in weights else []:
-            jobs += _attacks(table, as_paper, dataset, {"architecture": architecture, "method": method, "weights": "released"}, "", where, changes)
+            jobs += _attacks(table, as_paper, dataset, {"architecture": architecture, "method": method, "weights": "released"}, where, changes)
         for chosen in params["trained"][scale].get(dataset, []) if "trained" in weights else []:
             jobs += _trained(params, table, scale, dataset, chosen, where, changes, methods)
     return jobs

@@ -130,7 +130,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_pat
 
     unbroken, broken, state = fresh(), fresh(), tmp_path / "state.safetensors"
     expected = train(unbroken, digits.images, digits.labels, make_method("int"), **SETTINGS)
-    real, steps = training.take_step, []
+    real, steps = training._take_step, []
 
     def stopping(*arguments):
         steps.append(0)
@@ -139,7 +139,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_pat
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "take_step", stopping)
+        patch.setattr(training, "_take_step", stopping)
         train(broken, digits.images, digits.labels, make_method("int"), state=state, save_every=0, **SETTINGS)
     broken = fresh()
     log = train(broken, digits.images, digits.labels, make_method("int"), state=state, **SETTINGS)
