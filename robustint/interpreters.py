@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS_HEAD', 'cams', 'pick_classes', 'gap_network', 'slopes_at_head', 'recording', 'slopes_at_layer',
-           'features_and_slopes', 'cam', 'gradcam', 'gradcampp', 'rectify_head', 'gradcampp_shortcut']
+           'features_and_slopes', 'cam', 'gradcam', 'gradcampp', 'with_head', 'rectify_head', 'gradcampp_shortcut']
 
 # %% ../nbs/20_interpreters.ipynb #463d863d
 import contextlib
@@ -182,16 +182,26 @@ def gradcampp(
     maps = (weights * features).sum(1)
     return maps.relu() if relu else maps
 
-# %% ../nbs/20_interpreters.ipynb #5bd80902
+# %% ../nbs/20_interpreters.ipynb #9d809387
+def with_head(
+    model:nn.Module, # a network with a GAP head, or its folded form; where weights stand still, freeze it first
+    head:torch.Tensor, # another head, (outputs, K)
+) -> nn.Module: # in the form in which it came; shares the convolutions
+    "The same network with another head, which may be a function of its own. ValueError for a head that does not fit."
+    network = gap_network(model)
+    if head.ndim != 2 or head.shape[1] != network.head.shape[1]:
+        raise ValueError(f"head must be of shape (outputs, {network.head.shape[1]}); got {tuple(head.shape)}")
+    other = copy.copy(network)
+    other._parameters = {}  # the copy's head is a plain tensor, and the original keeps its own
+    other.head = head
+    return Folded(other, frozen=model.frozen) if isinstance(model, Folded) else other
+
+# %% ../nbs/20_interpreters.ipynb #8fa14018
 def rectify_head(
     model:nn.Module, # a network with a GAP head, or its folded form; where weights stand still, freeze it first
 ) -> nn.Module: # in the form in which it came; shares the convolutions, differentiable in the weights
     "The same network with relu(w) as its head: its CAMs are the paper code's GradCAM++."
-    network = gap_network(model)
-    rectified = copy.copy(network)
-    rectified._parameters = {}  # the head of the copy is a function of the original's, not a parameter
-    rectified.head = network.head.relu()
-    return Folded(rectified, frozen=model.frozen) if isinstance(model, Folded) else rectified
+    return with_head(model, gap_network(model).head.relu())
 
 # %% ../nbs/20_interpreters.ipynb #f7d11b64
 def gradcampp_shortcut(

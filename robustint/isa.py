@@ -7,7 +7,7 @@ __all__ = ['CLASS_SETS', 'target_margin', 'class_set', 'double_head', 'map_sourc
            'per_image', 'sneak', 'smallest_radii', 'largest_weights', 'Sneaking', 'isa', 'normalised_discrepancy',
            'usable_attacks', 'running_best', 'normalised_slope', 'SneakingReport', 'report_sneaking', 'mean_interval']
 
-# %% ../nbs/31_isa.ipynb #9596c894
+# %% ../nbs/31_isa.ipynb #4a7aaa29
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attributions import INTERPRETERS, class_maps
 from .checks import check_eps, check_images, check_labels, check_logits
 from .discrepancy import class_distances, kendall_tau, pearson
-from .interpreters import pick_classes
+from .interpreters import gap_network, pick_classes
 from .models import Folded, evaluation_mode, fold
 from .pgd import Linf, ascend, minimum_eps
 
@@ -58,20 +59,19 @@ def double_head(
     doubled.head = nn.Parameter(torch.cat([doubled.head, doubled.head.relu()]), requires_grad=False)
     return Folded(doubled, frozen=True)
 
-# %% ../nbs/31_isa.ipynb #dc934f4f
+# %% ../nbs/31_isa.ipynb #9750e566
 def map_source(
-    model:nn.Module, # classifier with logits as output; for a name below one with a GAP head
-    interpreter:str|Callable="cam", # "cam", "gradcampp_shortcut", or a function (model, images, target, differentiable=True) -> maps
+    model:nn.Module, # classifier with logits as output
+    interpreter:str|Callable="cam", # a key of attributions.INTERPRETERS, or a function (model, images, target, differentiable=True) -> maps
 ) -> Callable: # (points, classes (N, m)) -> logits (N, C), maps (N, m, h, w); differentiable in the points
-    "Logits and maps as an attack needs them: weights frozen, network folded. ValueError for an unknown name, or a model without a GAP head."
+    "Logits and maps as an attack needs them: weights frozen, network folded. ValueError for an unknown name; cam without a GAP head."
     network = fold(model, frozen=True)
-    if callable(interpreter):
-        show = lambda points, c: interpreter(network, points, c, differentiable=True).flatten(1, -2)  # channels, if any, below one another
-        return lambda points, classes: (network(points), torch.stack([show(points, c) for c in classes.T], 1))
+    if isinstance(interpreter, str) and interpreter not in INTERPRETERS:
+        raise ValueError(f"no interpreter is called {interpreter!r}: choose one of {', '.join(INTERPRETERS)}, or give a function")
     if interpreter not in ("cam", "gradcampp_shortcut"):
-        raise ValueError(f"no interpreter is called {interpreter!r}: choose cam, gradcampp_shortcut, or give a function")
-    if not isinstance(network, Folded):
-        raise ValueError(f"{interpreter} needs a network that ends in global average pooling and a linear layer; got {type(model).__name__}: give a function as interpreter")
+        show = INTERPRETERS.get(interpreter, interpreter)
+        return lambda points, classes: (network(points), class_maps(show, network, points, classes, differentiable=True))
+    gap_network(network)
     shown, count = (network if interpreter == "cam" else double_head(network)), len(network.model.head)
     def explain(points, classes):
         logits, maps = shown.logits_and_cams(points)
@@ -264,21 +264,20 @@ def running_best(
     "Index of the smallest usable discrepancy so far."
     return torch.where(usable, values, torch.inf).cummin(0).indices
 
-# %% ../nbs/31_isa.ipynb #2d3a6320
+# %% ../nbs/31_isa.ipynb #6b1f7a15
 def normalised_slope(
     values:torch.Tensor, # discrepancies after the running minimum, by increasing radius, (K, N)
     eps:torch.Tensor, # l-infinity length of each perturbation, (K, N)
     usable:torch.Tensor, # whether the attack counts, (K, N) bool
-) -> torch.Tensor: # (N,); NaN where the discrepancy never falls, or fewer than two attacks count
+) -> torch.Tensor: # (N,), 0 where the discrepancy never falls; NaN where fewer than two attacks count, or the radius did not grow
     "Relative fall of the discrepancy for a relative growth of the radius (Fig. 2, Appendix B)."
     order = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
     first, last = torch.where(usable, order, len(values) - 1).amin(0), torch.where(usable, order, 0).amax(0)
     ends = lambda table: (table.gather(0, first[None])[0], table.gather(0, last[None])[0])
     (d0, d1), (e0, e1) = ends(values), ends(eps)
-    falls = (usable.sum(0) > 1) & (d1 < d0) & (e1 > e0)
-    return torch.where(falls, ((d0 - d1) / d0) / ((e1 - e0) / e0), torch.nan)
+    return torch.where((usable.sum(0) > 1) & (e1 > e0), ((d0 - d1) / d0) / ((e1 - e0) / e0), torch.nan)
 
-# %% ../nbs/31_isa.ipynb #039cd32e
+# %% ../nbs/31_isa.ipynb #5f8fd57d
 @dataclass
 class SneakingReport:
     "What the sneaking attack did to the maps; tensors of shape (K + 1, N) by increasing radius, the running minimum taken."
@@ -288,7 +287,7 @@ class SneakingReport:
     discrepancy:torch.Tensor # in units of the benign map's range
     tau:torch.Tensor # Kendall's tau
     pearson:torch.Tensor # Pearson's r
-    slope:torch.Tensor # (N,), NaN where the image is left out
+    slope:torch.Tensor # (N,), 0 where the discrepancy never falls, NaN where fewer than two attacks count
 
 # %% ../nbs/31_isa.ipynb #92ca79cc
 def report_sneaking(

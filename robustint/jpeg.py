@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'CHROMA', 'dct_basis', 'quantisation_tables', 'colour_matrix', 'split_blocks', 'join_blocks', 'plane_sizes',
-           'round_through', 'encode', 'decode']
+           'round_through', 'split_planes', 'encode', 'decode', 'jpeg']
 
 # %% ../nbs/29_jpeg.ipynb #8206aa98
 from functools import cache
@@ -46,16 +46,19 @@ def quantisation_tables(
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     return ((torch.stack([luma, chroma.flatten()]) * percent + 50) / 100).floor().clamp(1, 255).to(device, dtype)
 
-# %% ../nbs/29_jpeg.ipynb #678132c4
+# %% ../nbs/29_jpeg.ipynb #51ebedee
 @cache
 def colour_matrix(
     dtype:torch.dtype=torch.float64, # of the matrix
     device:torch.device="cpu", # where it lies
-) -> torch.Tensor: # (3, 3): rows Y, Cb, Cr; columns red, green, blue
-    "From red, green, blue to brightness and two colour differences (JFIF)."
+    *,
+    back:bool=False, # the other way
+) -> torch.Tensor: # (3, 3): rows Y, Cb, Cr; columns red, green, blue; with `back` its inverse
+    "From red, green, blue to brightness and two colour differences (JFIF), or back."
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     red, _, blue = torch.eye(3, dtype=torch.float64)
-    return torch.stack([weights, (blue - weights) / 1.772, (red - weights) / 1.402]).to(device, dtype)
+    matrix = torch.stack([weights, (blue - weights) / 1.772, (red - weights) / 1.402])
+    return (matrix.inverse() if back else matrix).to(device, dtype)
 
 # %% ../nbs/29_jpeg.ipynb #68d53074
 def split_blocks(
@@ -92,24 +95,32 @@ def round_through(
     "Round forward, pass the gradient straight through."
     return values + (values.round() - values).detach() if rounding else values
 
-# %% ../nbs/29_jpeg.ipynb #025dfde0
+# %% ../nbs/29_jpeg.ipynb #dd5386f6
+def split_planes(
+    images:torch.Tensor, # (N, C, H, W) in [0,1]; C is 1 or 3
+    rounding:bool=False, # whether to round the levels
+) -> list: # of one plane or three, each (N, h, w) in levels from -128 to 127
+    "Padded planes of brightness and of the two colour differences, these at half the size."
+    (h, w), *halves = plane_sizes(images.shape)
+    levels = 255 * F.pad(images, (0, w - images.shape[3], 0, h - images.shape[2]), mode="replicate")
+    if not halves: return [round_through(levels, rounding)[:, 0] - 128]
+    levels = round_through(torch.einsum("ij,njhw->nihw", colour_matrix(images.dtype, images.device), levels), rounding)
+    return [levels[:, 0] - 128, *round_through(F.avg_pool2d(levels[:, 1:], 2), rounding).unbind(1)]
+
+# %% ../nbs/29_jpeg.ipynb #c76eb7ad
 def encode(
     images:torch.Tensor, # (N, C, H, W) in [0,1], grey or colour
     *,
     quality:int=50, # of the tables
-    rounding:bool=False, # whether to round, as a file does
+    rounding:bool=False, # whether to round, as an encoder does
 ) -> torch.Tensor: # (N, coefficients), in steps of the table
     "Images to DCT coefficients, each divided by its step in the table; chroma 4:2:0."
-    (h, w), *halves = plane_sizes(images.shape)
-    levels = 255 * images
-    if halves: levels = torch.einsum("ij,njhw->nihw", colour_matrix(images.dtype, images.device), levels)
-    levels = round_through(F.pad(levels, (0, w - images.shape[3], 0, h - images.shape[2]), mode="replicate"), rounding)
-    planes = [levels[:, 0] - 128] + [round_through(F.avg_pool2d(levels[:, k], 2), rounding) for k in (1, 2) if halves]
-    basis, tables = dct_basis(images.dtype, images.device), quantisation_tables(quality, images.dtype, images.device)
-    parts = [split_blocks(plane) @ (basis / tables[min(k, 1)][:, None]).T for k, plane in enumerate(planes)]
+    like = (images.dtype, images.device)
+    basis, tables = dct_basis(*like), quantisation_tables(quality, *like)
+    parts = [split_blocks(plane) @ (basis / tables[min(k, 1)][:, None]).T for k, plane in enumerate(split_planes(images, rounding))]
     return round_through(torch.cat([part.flatten(1) for part in parts], 1), rounding)
 
-# %% ../nbs/29_jpeg.ipynb #e5533799
+# %% ../nbs/29_jpeg.ipynb #ed92b1e8
 def decode(
     coefficients:torch.Tensor, # (N, coefficients), from encode
     shape:tuple, # (..., C, H, W) of the images
@@ -117,13 +128,25 @@ def decode(
     quality:int=50, # of the tables
     rounding:bool=False, # whether to round, as a decoder does
 ) -> torch.Tensor: # images, (N, C, H, W) in [0,1]
-    "DCT coefficients back to images; each colour difference is repeated over its four pixels."
+    "DCT coefficients back to images."
     like, sizes = (coefficients.dtype, coefficients.device), plane_sizes(shape)
     basis, tables, planes = dct_basis(*like), quantisation_tables(quality, *like), []
     for k, part in enumerate(coefficients.split([h * w for h, w in sizes], 1)):
         plane = join_blocks(part.reshape(len(part), -1, 64) @ (tables[min(k, 1)][:, None] * basis), sizes[k][0] // 8)
-        planes.append(round_through(plane, rounding) if k == 0 else round_through(plane, rounding).repeat_interleave(2, 1).repeat_interleave(2, 2))
-    levels = torch.stack([planes[0] + 128, *planes[1:]], 1)
-    if rounding: levels = torch.cat([levels[:, :1].clamp(0, 255), levels[:, 1:].clamp(-128, 127)], 1)
-    if len(sizes) > 1: levels = torch.einsum("ij,njhw->nihw", colour_matrix().inverse().to(levels), levels)
+        planes.append(round_through(plane, rounding).clamp(-128, 127) if rounding else plane)
+    halves = [plane.repeat_interleave(2, 1).repeat_interleave(2, 2) for plane in planes[1:]]
+    levels = torch.stack([planes[0] + 128, *halves], 1)
+    if halves: levels = torch.einsum("ij,njhw->nihw", colour_matrix(*like, back=True), levels)
     return (round_through(levels, rounding) / 255).clamp(0, 1)[:, :, :shape[-2], :shape[-1]]
+
+# %% ../nbs/29_jpeg.ipynb #b18bdec4
+def jpeg(
+    images:torch.Tensor, # (N, C, H, W) in [0,1], C = 1 or 3, any size
+    *,
+    quality:int=50, # from 1 to 100
+    rounding:bool=False, # True: as a file; False: only what halving the colours does
+) -> torch.Tensor: # (N, C, H, W) in [0,1]
+    "Images through JPEG and back, with a gradient. ValueError for images that are neither grey nor colour."
+    check_images(images)
+    if images.shape[1] not in (1, 3): raise ValueError(f"JPEG takes grey or colour images, 1 or 3 channels; got {images.shape[1]}: choose other images")
+    return decode(encode(images, quality=quality, rounding=rounding), images.shape, quality=quality, rounding=rounding)

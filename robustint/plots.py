@@ -31,10 +31,10 @@ class ShownFigure(Figure):
         self.savefig(buffer, format="png", metadata={"Software": None}, dpi=90)
         return buffer.getvalue()
 
-# %% ../nbs/01_plots.ipynb #5e003ced
+# %% ../nbs/01_plots.ipynb #e1ba4e2c
 def new_figure(
-    rows:int=1,
-    columns:int=1,
+    rows:int=1, # of axes
+    columns:int=1, # of axes
     *,
     size:tuple[float, float]=(6.4, 4.0), # width and height of the whole figure, inches
     **options, # for Figure.subplots: sharex, sharey, width_ratios
@@ -44,14 +44,14 @@ def new_figure(
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
-# %% ../nbs/01_plots.ipynb #064c0a93
+# %% ../nbs/01_plots.ipynb #f38593ac
 def add_caption(
     figure:Figure, # gets the caption below its axes
     text:str, # n, seeds, where the numbers come from
 ) -> Figure: # the same figure
     "Write a caption under a figure; the figure grows by its lines."
     width, height = figure.get_size_inches()
-    lines = textwrap.wrap(text, max(20, int(width * 15)))
+    lines = textwrap.wrap(text, max(20, int(width * 15)), break_on_hyphens=False)
     more = 0.16 * len(lines) + 0.06
     figure.set_size_inches(width, height + more)
     figure.get_layout_engine().set(rect=(0, more / (height + more), 1, height / (height + more)))
@@ -65,11 +65,11 @@ def as_array(
     "A tensor or array as a NumPy array."
     return numpy.asarray(images.detach().cpu() if hasattr(images, "detach") else images, dtype=float)
 
-# %% ../nbs/01_plots.ipynb #998a861c
+# %% ../nbs/01_plots.ipynb #2ab213c1
 def draw_image(
-    axes:Axes,
+    axes:Axes, # to draw on
     image, # (C,H,W) or (H,W), in [0,1]
-    title:str="",
+    title:str="", # above it
 ) -> None:
     "One image on given axes, without ticks."
     image = as_array(image)
@@ -78,13 +78,13 @@ def draw_image(
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8)
 
-# %% ../nbs/01_plots.ipynb #8ae82aaf
+# %% ../nbs/01_plots.ipynb #50521f51
 def show_images(
     images, # (N,C,H,W) or (N,H,W), in [0,1]
     *,
     columns:int=8, # images in a row
     titles:list[str]|None=None, # one for each image
-    caption:str="",
+    caption:str="", # n, seeds, where the numbers come from
     size:float=1.1, # of one image, inches
 ) -> Figure:
     "A grid of images. Raises ValueError when there are not as many titles as images."
@@ -96,14 +96,14 @@ def show_images(
     for ax in axes.flat[len(images):]: ax.set_axis_off()
     return add_caption(figure, caption) if caption else figure
 
-# %% ../nbs/01_plots.ipynb #780be513
+# %% ../nbs/01_plots.ipynb #c66ba828
 def draw_map(
-    axes:Axes,
+    axes:Axes, # to draw on
     map, # (h,w), any sign
     *,
     limit:float, # the value in full colour; the scale is -limit to limit
     image=None, # (C,H,W) or (H,W) in [0,1]: drawn under the map
-    title:str="",
+    title:str="", # above it
 ): # the matplotlib image, for a colour bar
     "A signed map, alone or laid over its image."
     map = as_array(map)
@@ -117,14 +117,14 @@ def draw_map(
     axes.set_title(title, fontsize=8)
     return drawn
 
-# %% ../nbs/01_plots.ipynb #61075392
+# %% ../nbs/01_plots.ipynb #2fb44c72
 def overlay_map(
     image, # (C,H,W) or (H,W), in [0,1]
     map, # (h,w), any sign; stretched over the image
     *,
     limit:float|None=None, # value in full colour; None: the largest of this map
-    title:str="",
-    caption:str="",
+    title:str="", # above it
+    caption:str="", # n, seeds, where the numbers come from
     size:float=2.4, # of the image, inches
 ) -> Figure:
     "One map over its image, with its colour bar."
@@ -133,13 +133,13 @@ def overlay_map(
     figure.colorbar(draw_map(axes[0, 0], map, limit=limit, image=image, title=title), ax=axes[0, 0], shrink=0.8)
     return add_caption(figure, caption) if caption else figure
 
-# %% ../nbs/01_plots.ipynb #fd4a484c
+# %% ../nbs/01_plots.ipynb #39de1420
 def show_map_rows(
     rows:dict, # label -> cells, each (title, image or None, map or None)
     *,
     limit:float, # the value in full colour, for all maps
     unit:str="", # of the maps, beside the colour bar
-    caption:str="",
+    caption:str="", # n, seeds, where the numbers come from
     size:float=1.5, # of one cell, inches
 ) -> Figure:
     "Rows of images and maps with one colour bar."
@@ -155,15 +155,15 @@ def show_map_rows(
     if drawn is not None: figure.colorbar(drawn, ax=axes, shrink=0.7, pad=0.02).set_label(unit, fontsize=9)
     return add_caption(figure, caption) if caption else figure
 
-# %% ../nbs/01_plots.ipynb #c797f82e
+# %% ../nbs/01_plots.ipynb #201a03a7
 def draw_curves(
-    axes:Axes,
+    axes:Axes, # to draw on
     series:dict, # name -> (x, y) or (x, y, low, high)
     *,
     xlabel:str, # with its unit
     ylabel:str, # with its unit
     styles:dict|None=None, # name -> number of its colour, marker and dash; None: the order of the series
-    title:str="",
+    title:str="", # above it
 ) -> None:
     "Curves with markers and bands on given axes."
     for i, (name, (x, y, *ends)) in enumerate(series.items()):
@@ -176,15 +176,15 @@ def draw_curves(
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/01_plots.ipynb #d31cd22a
+# %% ../nbs/01_plots.ipynb #53523391
 def plot_curves(
     series:dict, # name -> (x, y) or (x, y, low, high)
     *,
     xlabel:str, # with its unit
     ylabel:str, # with its unit
     caption:str="", # n, seeds, interval
-    title:str="",
-    ylim:tuple[float, float]|None=None,
+    title:str="", # above it
+    ylim:tuple[float, float]|None=None, # ends of the y axis; None: as the curves ask for
     size:tuple[float, float]=(6.4, 4.0), # inches
 ) -> Figure:
     "Curves with a legend."
@@ -194,25 +194,25 @@ def plot_curves(
     if len(series) > 1: axes[0, 0].legend(frameon=False, fontsize=8)
     return add_caption(figure, caption) if caption else figure
 
-# %% ../nbs/01_plots.ipynb #d1227b3d
+# %% ../nbs/01_plots.ipynb #619621c5
 def style_table(
-    frame, # a pandas frame; columns of numbers are right-aligned
+    frame, # a pandas frame
     *,
     digits:int=3, # after the point
-    caption:str="",
+    caption:str="", # n, seeds, where the numbers come from
 ): # a pandas Styler; .to_html() gives the table alone
     "A readable table out of a frame."
     cells = [{"selector": "th, td", "props": "padding: 3px 12px; text-align: right; border-bottom: 1px solid #e3e3e3; color: #222; background: #fff"},
-             {"selector": "thead th", "props": "border-bottom: 2px solid #444"},
+             {"selector": ".col0", "props": "text-align: left"}, {"selector": "thead th", "props": "border-bottom: 2px solid #444"},
              {"selector": "caption", "props": "caption-side: bottom; text-align: left; padding-top: 6px; color: #444; font-size: 90%"},
              {"selector": "", "props": "border-collapse: collapse; font-variant-numeric: tabular-nums"}]
     styled = frame.style.format(precision=digits, na_rep="–", escape="html").hide(axis="index").set_table_styles(cells)
     styled.set_uuid("table")
     return styled.set_caption(html.escape(caption)) if caption else styled
 
-# %% ../nbs/01_plots.ipynb #7542de28
+# %% ../nbs/01_plots.ipynb #75221afb
 def save_figure(
-    figure:Figure,
+    figure:Figure, # any matplotlib figure
     stem:str|Path, # path without .png or .pdf
 ) -> list[Path]: # the two files
     "Save a figure as PNG and PDF, each atomically, with nothing in it that changes from run to run."
@@ -224,9 +224,9 @@ def save_figure(
         files.append(file)
     return files
 
-# %% ../nbs/01_plots.ipynb #fa6a4be3
+# %% ../nbs/01_plots.ipynb #bf8bf866
 def embed_figure(
-    figure:Figure,
+    figure:Figure, # any matplotlib figure
     alt:str, # what it shows, for those who cannot see it
     *,
     width:int|None=None, # in pixels of the page; None: as wide as the figure is

@@ -116,10 +116,10 @@ def is_exchanged(
     (a, b), off = methods, lambda x, y: abs(rows["ours"][x] - rows["paper"][y])
     return off(a, b) <= tolerance + 1e-9 and off(b, a) <= tolerance + 1e-9 and off(a, a) > tolerance
 
-# %% ../nbs/81_tables.ipynb #ad95ccdc
+# %% ../nbs/81_tables.ipynb #782da3af
 def format_cell(
-    ours:float,
-    paper:float,
+    ours:float, # share of images
+    paper:float, # share of images, as printed
     tolerance:float=0.005, # one image of 200
 ) -> str: # "0.790", or "**0.620** (0.790)" with the paper's number where they differ
     "A cell of a markdown table."

@@ -6,8 +6,9 @@
 __all__ = ['save_tensors', 'read_header', 'load_tensors', 'save_checkpoint', 'load_checkpoint', 'RestrictedUnpickler',
            'read_released', 'build_released', 'load_released', 'released_name', 'load_model']
 
-# %% ../nbs/12_zoo.ipynb #7a08d9fc
+# %% ../nbs/12_zoo.ipynb #30e40cfa
 import io, json, math, pickle, re, struct
+from collections.abc import Callable
 from pathlib import Path
 
 # %% ../nbs/12_zoo.ipynb #9e91da94
@@ -60,10 +61,10 @@ def load_tensors(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({str(error).splitlines()[0]}): delete it and make it again") from None
 
-# %% ../nbs/12_zoo.ipynb #4a085bea
+# %% ../nbs/12_zoo.ipynb #b14d4d13
 def save_checkpoint(
     path:str|Path, # the file to write, .safetensors by custom
-    model:nn.Module, # a Small, Pool or WResnet, or the folded form of one
+    model:nn.Module, # a Small, Pool or WResnet, or the folded form of one; or a network with a `recipe`
     *,
     dataset:str, # what it was trained on
     method:str, # how: a name of robustint.objectives.METHODS
@@ -74,31 +75,36 @@ def save_checkpoint(
     "Write a network with a header that says what it is. Raises ValueError for another architecture."
     model = model.model if isinstance(model, Folded) else model
     architecture = next((name for name, kind in ARCHITECTURES.items() if type(model) is kind), None)
-    if architecture is None:
+    if architecture is None and not hasattr(model, "recipe"):
         raise ValueError(f"a checkpoint holds one of {', '.join(ARCHITECTURES)}; got {type(model).__name__}: use save_tensors with its state_dict()")
-    header = {"format": 1, "architecture": architecture, "channels": model.convolutions[0].in_channels, "classes": len(model.head),
-              "dataset": dataset, "method": method, "seed": seed, "parameters": parameters, "version": robustint.__version__}
+    recipe = {"architecture": architecture, "channels": model.channels, "classes": len(model.head)} if architecture else model.recipe
+    header = {"format": 1, **recipe, "dataset": dataset, "method": method, "seed": seed, "parameters": parameters, "version": robustint.__version__}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     return save_tensors(path, tensors | {f"extra.{name}": tensor for name, tensor in (extra or {}).items()}, header)
 
-# %% ../nbs/12_zoo.ipynb #5da45be1
+# %% ../nbs/12_zoo.ipynb #0a0bc56d
 def _make_empty(
-    architecture:str, # small, pool or wresnet
+    architecture:str, # small, pool or wresnet, or another that `make` knows
     channels:int, # of the images
     classes:int, # number of logits
+    make:Callable=make_model, # (architecture, channels=, classes=, generator=, and the options) -> network
+    options:dict|None=None, # more that the recipe says
 ) -> nn.Module: # its weights are to be overwritten
     "A network to fill; torch's global generator stays as it was."
-    with torch.random.fork_rng(devices=[]): return make_model(architecture, channels=channels, classes=classes, generator=make_generator(0))
+    with torch.random.fork_rng(devices=[]):
+        return make(architecture, channels=channels, classes=classes, generator=make_generator(0), **(options or {}))
 
-# %% ../nbs/12_zoo.ipynb #63764cbe
+# %% ../nbs/12_zoo.ipynb #cad6562a
 def load_checkpoint(
     path:str|Path, # a file written by save_checkpoint
+    *,
+    make:Callable=make_model, # who builds the network; robustint.classifiers.make_classifier builds those of both papers
 ) -> tuple[nn.Module, dict]: # the network, on the CPU in evaluation mode; its header
     "Build the network a checkpoint describes. Raises FileNotFoundError (missing), ValueError (damaged, or something else)."
     tensors, header = load_tensors(path)
-    try: model = _make_empty(header["architecture"], header["channels"], header["classes"])
+    try: model = _make_empty(header["architecture"], header["channels"], header["classes"], make, header.get("options"))
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{path} describes no network of ours: load it with load_tensors") from None
+        raise ValueError(f"{path} describes no network of ours that {make.__name__} can make: load it with robustint.classifiers.load_classifier, or load_tensors") from None
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     try: model.load_state_dict(state)
     except RuntimeError: raise ValueError(f"{path} holds other weights than its header says ({header['architecture']}): make it again") from None
@@ -260,7 +266,7 @@ def _find_trained(
     if len(found) > 1: raise ValueError(f"several trainings fit ({', '.join(path.stem for path in found)}): say which with eps=")
     return root/"networks"/f"{found[0].stem}.safetensors", read_record(found[0])
 
-# %% ../nbs/12_zoo.ipynb #c410085f
+# %% ../nbs/12_zoo.ipynb #b558deb1
 def load_model(
     method:str, # a name of robustint.objectives.METHODS: normal, adv, int, ...
     dataset:str, # mnist, cifar10, restricted_imagenet; digits when trained here
@@ -270,6 +276,7 @@ def load_model(
     root:str|Path|None=None, # released: the data root; trained: the folder of records/ and networks/, None: data of the project
     *,
     eps:str|None=None, # the training's eps as the record id writes it, where several were trained
+    make:Callable=make_model, # who builds a trained network, as for load_checkpoint
 ) -> nn.Module: # on the CPU, in evaluation mode
     "Load a network by name, its SHA-256 verified. Raises FileNotFoundError when it is missing, ValueError when it is damaged or unknown."
     architecture = architecture or ("small" if dataset in ("digits", "mnist") else "wresnet")
@@ -278,7 +285,7 @@ def load_model(
         return build_released(read_verified("released", f"reference_networks/{file}", root), file)
     if weights != "trained": raise ValueError(f"weights must be 'released' or 'trained'; got {weights!r}")
     path, record = _find_trained(f"{dataset}-{architecture}-{method}", eps, seed, Path(root) if root else project_root()/"data")
-    model, _ = load_checkpoint(path)
+    model, _ = load_checkpoint(path, make=make)
     if sha256(path) != record["metrics"].get("network_sha256"):
         raise ValueError(f"{path} is not the network of the record {record['id']} (SHA-256 {sha256(path)[:8]}..): restore it, or train it again")
     return model

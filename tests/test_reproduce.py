@@ -1,0 +1,252 @@
+"""The experiment graph: what is planned, what counts as done, and that each line means what the plan says."""
+import csv
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from house import ROOT
+
+from robustint.checks import parse_fraction
+from robustint.core import make_record, read_record, sha256, write_record
+from robustint.jobs import Job, describe_job, find_error, is_done, papermill_line, remaining
+from robustint.reproduce import TARGETS, places, plan, read_params
+from robustint.objectives import METHODS
+from robustint.tables import DATASETS, MODELS
+
+EVERYTHING = [(target, scale) for target in TARGETS for scale in TARGETS[target].scales]
+
+
+@pytest.fixture
+def empty_project(tmp_path, monkeypatch):
+    "A project folder with nothing in it; the notebooks are those of the checkout."
+    monkeypatch.setenv("ROBUSTINT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def all_jobs(target, scale):
+    jobs, report = plan(target, scale=scale, weights=["released", "trained"])
+    return [*jobs, report]
+
+
+# --- what is planned ---------------------------------------------------------------------------------------------------
+
+def test_table1_plans_every_printed_cell_and_no_other():
+    with (ROOT / "data/papers/icml2020_table1.csv").open() as file:
+        printed = {(row["dataset"], row["model"], row["method"], round(parse_fraction(row["epsilon"]), 6)) for row in csv.DictReader(file)}
+    jobs, _ = plan("icml2020_table1")
+    planned = [(DATASETS[p["dataset"]], MODELS[p["architecture"]], METHODS[p["method"]].title, round(parse_fraction(eps), 6))
+               for p in (job.parameters for job in jobs) for eps in p["eps"]]
+    assert len(planned) == len(set(planned)) and set(planned) == printed
+
+
+def test_table1_is_evaluated_as_the_protocol_says():
+    for job in plan("icml2020_table1")[0]:
+        settings = job.parameters
+        assert (settings["steps"], settings["step_size"], settings["random_start"], settings["images"]) == (200, 0.01, False, 200), job.name
+
+
+@pytest.mark.parametrize("dataset, expected", [
+    ("mnist", (0.3, 40, 0.01, [2000, 10000], [[0, 1e-4]], 50, 100)),
+    ("cifar10", ("8/255", 10, "2/255", [5000, 70000], [[0, 1e-3], [40000, 1e-4], [60000, 1e-5]], 128, 200)),
+    ("restricted_imagenet", (0.003, 7, 0.1, [5000, 10000], [[0, 1e-3], [8000, 1e-4], [16000, 1e-5]], 64, 35))])
+def test_the_paper_schedule_is_the_papers(dataset, expected):
+    settings = read_params("icml2020")["training"][dataset]["paper"]
+    names = ("eps", "inner_steps", "inner_step_size", "eps_ramp", "learning_rate", "batch_size", "epochs")
+    assert tuple(settings[name] for name in names) == expected
+    assert settings["gamma"] == 0.01 and settings["normalisation"] == "code" and settings["train_images"] is None
+
+
+def test_the_short_schedule_trains_four_methods_with_three_seeds():
+    jobs, _ = plan("icml2020_table1", scale="short", weights=["trained"])
+    trained = {job.name: job.parameters for job in jobs if job.notebook == "run_train"}
+    assert set(trained) == {f"mnist-small-{m}-eps0.3-s{s}" for m in ("normal", "adv", "int", "int2") for s in (0, 1, 2)} | {"mnist-small-int-eps0.3-gamma_paper-s0"}
+    literal, code = trained["mnist-small-int-eps0.3-gamma_paper-s0"], trained["mnist-small-int-eps0.3-s0"]
+    assert {name for name in code if code[name] != literal[name]} == {"normalisation", "label", "record_id"}
+    steps = code["epochs"] * (55000 // code["batch_size"])
+    assert (steps, code["eps_ramp"], code["inner_steps"]) == (5500, [steps // 10, steps // 2], 40)
+
+
+def test_an_attack_on_a_trained_network_waits_for_its_training():
+    for target, scale in EVERYTHING:
+        jobs, report = plan(target, scale=scale, weights=["trained"])
+        made = {}
+        for job in jobs:
+            assert set(job.inputs) <= set(made), "a job stands before the one that makes its input"
+            if job.inputs:
+                assert made[job.inputs[0]] == job.parameters["train_id"]
+            made |= {file: job.name for file in job.outputs}
+        assert report.outputs == () and report.log.endswith(f"{report.name}.ipynb")
+
+
+def test_every_training_has_its_attack():
+    jobs, _ = plan("quick")
+    for job in jobs:
+        if job.notebook == "run_train":
+            assert sorted(other.notebook for other in jobs if other.parameters.get("train_id") == job.name) == ["run_cam", "run_pgd"]
+
+
+def test_smoke_and_quick_write_nothing_that_git_keeps():
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    for scale in ("smoke", "quick", "changed"):
+        assert all(any(folder.startswith(name) for name in ignored) for folder in places(scale).values())
+    assert places("paper") == places("short")
+
+
+# --- names that do not exist -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("asked, told", [
+    (dict(target="icml2020_tabel1"), "did you mean icml2020_table1?"),
+    (dict(datasets=["minst"]), "did you mean mnist?"),
+    (dict(datasets=["digits"]), "Table 1 has no data set 'digits'"),
+    (dict(methods=["int3"]), "did you mean int"),
+    (dict(scale="papers"), "did you mean paper?"),
+    (dict(weights=["release"]), "did you mean released?"),
+    (dict(changes={"stepsize": 1}), "did you mean step_size?"),
+    (dict(changes={"eps": 0.1}), "fits no run"),
+    (dict(changes={"eps": [8]}), "write '8/255'"),
+    (dict(scale="short", weights=["trained"], datasets=["cifar10"]), "no run at scale short")])
+def test_a_bad_name_is_refused_with_the_nearest_good_one(asked, told):
+    with pytest.raises(ValueError) as error:
+        plan(**{"target": "icml2020_table1", **asked})
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_name_in_a_params_file_is_refused(empty_project):
+    folder = empty_project / "nbs/experiments"
+    (folder / "params").mkdir(parents=True)
+    for path in (ROOT / "nbs/experiments").glob("*.ipynb"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    params = yaml.safe_load((ROOT / "nbs/experiments/params/quick.yaml").read_text())
+    params["quick"]["training"]["epoch"] = 3
+    (folder / "params/quick.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(ValueError, match="run_train has no parameter 'epoch': did you mean epochs?"):
+        plan("quick")
+
+
+# --- the lines ---------------------------------------------------------------------------------------------------------
+
+def read_line(line):
+    "What papermill would make of a line: notebook, output, parameters."
+    from papermill.cli import _resolve_type
+    command, source, output, *words = shlex.split(line)
+    assert command == "papermill"
+    parameters = {}
+    while words:
+        kind, *words = words
+        if kind == "-y":
+            parameters |= yaml.safe_load(words.pop(0))
+        else:
+            name, value, *words = words
+            parameters[name] = value if kind == "-r" else _resolve_type(value)
+    return source, output, parameters
+
+
+@pytest.mark.parametrize("target, scale", EVERYTHING)
+def test_a_pasted_line_runs_with_the_planned_parameters(target, scale):
+    for job in all_jobs(target, scale):
+        source, output, parameters = read_line(papermill_line(job))
+        assert (ROOT / source).is_file() and source.endswith(f"{job.notebook}.ipynb") and output == job.log
+        assert parameters == job.parameters and all(type(parameters[name]) is type(job.parameters[name]) for name in parameters), job.name
+
+
+def test_a_line_survives_words_that_shells_and_papermill_read_otherwise():
+    odd = {"dataset": "0", "method": "None", "weights": "a b's $HOME", "train_id": "true", "record_id": None, "images": 5, "eps": ["0", 0, "8/255"], "seed": -1, "scale": ""}
+    assert read_line(papermill_line(Job("x", "run_pgd", odd, log="x.ipynb")))[2] == odd
+
+
+# --- what is done ------------------------------------------------------------------------------------------------------
+
+def pretend(job, root, network=b"", **changes):
+    "Write what a job would have written."
+    metrics = {}
+    for file in [name for name in job.outputs + job.inputs if name.endswith(".safetensors")]:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(network)
+        metrics = {"network_sha256": sha256(root / file)}
+    record = make_record(job.name, notebook=job.notebook, parameters=job.parameters | changes, seed=0, n=1, seconds=0, device="cpu", metrics=metrics)
+    write_record(record, (root / job.outputs[0]).parent)
+
+
+def test_done_work_is_left_out_and_changed_work_is_not(empty_project):
+    jobs, _ = plan("quick", methods=["int"])
+    train, attack, look = jobs
+    assert remaining(jobs) == jobs
+    for job in jobs:
+        pretend(job, empty_project)
+    assert remaining(jobs) == []
+    pretend(attack, empty_project, steps=3)
+    assert remaining(jobs) == [attack]
+
+
+def test_a_new_network_asks_for_new_attacks(empty_project):
+    train, attack, look = jobs = plan("quick", methods=["int"])[0]
+    for job in jobs:
+        pretend(job, empty_project)
+    pretend(train, empty_project, network=b"trained again")
+    assert remaining(jobs) == [attack, look]
+
+
+def test_a_record_does_not_ask_for_the_network_it_came_from(empty_project):
+    train, attack, look = jobs = plan("quick", methods=["int"])[0]
+    for job in jobs:
+        pretend(job, empty_project)
+    (empty_project / train.outputs[1]).unlink()
+    assert remaining(jobs) == []
+    (empty_project / attack.outputs[0]).unlink()
+    assert remaining(jobs) == [train, attack]
+
+
+def test_the_age_of_files_says_nothing(empty_project):
+    import os
+    jobs = plan("quick", methods=["int"])[0]
+    for job in jobs:
+        pretend(job, empty_project)
+    for k, path in enumerate(sorted(empty_project.rglob("*.*"), reverse=True)):
+        os.utime(path, (10**9 + 1000 * k, 10**9 + 1000 * k))
+    assert remaining(jobs) == []
+
+
+def test_a_damaged_record_is_made_again(empty_project):
+    attack = plan("icml2020_table1", datasets=["mnist"], methods=["int"])[0][0]
+    pretend(attack, empty_project)
+    assert is_done(attack)
+    (empty_project / attack.outputs[0]).write_text('{"id": "cut sh')
+    assert not is_done(attack)
+
+
+def test_committed_records_are_those_of_the_plan():
+    "What is committed counts as done: nobody who clones the repository trains it again."
+    jobs = [job for weights, scale in (("released", "paper"), ("trained", "short"), ("trained", "paper"))
+            for job in plan("icml2020_table1", scale=scale, weights=[weights])[0]]
+    there = [job for job in jobs if (ROOT / job.outputs[0]).is_file()]
+    if not there:
+        pytest.skip("no records of Table 1 are committed yet")
+    assert not [job.name for job in there if not is_done(job)]
+    for job in there:
+        cells = read_record(ROOT / job.outputs[0])["metrics"].get("cells", [])
+        for cell in cells:
+            assert cell["accuracy"] == pytest.approx(cell["correct"] / cell["n"])
+
+
+# --- what Snakemake is given -------------------------------------------------------------------------------------------
+
+def test_the_snakefile_makes_one_rule_of_each_job(tmp_path):
+    jobs, _ = plan("quick", scale="smoke")
+    (tmp_path / "plan.json").write_text(json.dumps([describe_job(job) for job in jobs]))
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow/Snakefile"), "--directory", str(tmp_path), "--cores", "2", "--dry-run", "--config", "plan=plan.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for job in jobs:
+        assert f"rule {job.name}:" in done.stdout and job.log in done.stdout
+
+
+def test_the_error_of_an_executed_notebook_is_found(tmp_path):
+    path = tmp_path / "x.ipynb"
+    assert "no executed notebook" in find_error(path)
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown"}, {"cell_type": "code", "outputs": [{"output_type": "stream"}]}]}))
+    assert "killed" in find_error(path)
+    path.write_text(json.dumps({"cells": [{"cell_type": "code", "outputs": [{"output_type": "error", "ename": "E", "evalue": "a\nb"}]}]}))
+    assert find_error(path) == "E: a"
