@@ -150,7 +150,7 @@ class Job:
     threads: int = 1 # processor threads
     gpu: int = 0 # graphics cards
 
-# %% ../nbs/80_jobs.ipynb #9b90a769
+# %% ../nbs/80_jobs.ipynb #6d36afe7
 def papermill_line(
     job:Job, # what is to be run
 ) -> str: # one shell line, to be run in the project's folder
@@ -160,7 +160,7 @@ def papermill_line(
     words, lists = ["papermill", str(source), job.log], {}
     for name, value in job.parameters.items():
         if isinstance(value, (list, dict)): lists[name] = value
-        elif isinstance(value, str) and not isinstance(yaml.safe_load(value or "word"), str): words += ["-r", name, value]
+        elif isinstance(value, str) and not isinstance(yaml.safe_load(value or "word"), str) or value == "None": words += ["-r", name, value]
         else: words += ["-p", name, str(value)]
     if lists: words += ["-y", yaml.safe_dump(lists, default_flow_style=True, width=float("inf"), sort_keys=False).strip()]
     return shlex.join(words)

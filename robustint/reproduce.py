@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TARGETS', 'read_params', 'places', 'Target', 'plan']
 
-# %% ../nbs/90_reproduce.ipynb #b409dee4
+# %% ../nbs/90_reproduce.ipynb #a283be74
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 # %% ../nbs/90_reproduce.ipynb #85b0fe33
 import yaml
@@ -157,6 +158,44 @@ def _quick(
                 jobs.append(_job(hit, notebook, settings | {"record_id": hit}, where, name))
     return jobs
 
+# %% ../nbs/90_reproduce.ipynb #59017370
+def _networks(
+    block:dict, # dataset, architecture, weights
+    method:str, # a key of METHODS
+) -> list[tuple[dict, Job|None]]: # parameters that name the network, and the job that trains it
+    "The networks of a block, one for each seed where they are trained here."
+    weights = block.get("weights", "released")
+    if weights != "trained": return [({"weights": weights}, None)]
+    trainings = [job for job in _table1("short", ["trained"], [block["dataset"]], [method], {}) if job.notebook == "run_train" and not training_label(job.name)]
+    return [({"weights": weights, "train_id": job.name, "seed": job.parameters["seed"]}, job) for job in trainings]
+
+# %% ../nbs/90_reproduce.ipynb #22200db2
+def _measures(
+    section:str, # a section of params/icml2020.yaml with notebook, settings, blocks and smoke
+    scale:str,
+    weights:list[str], # which blocks: "released", "trained"; at smoke scale all
+    datasets:list|None, # None: all
+    methods:list|None, # None: all
+    changes:dict, # from the command line
+) -> list[Job]:
+    "The runs behind a section, block by block."
+    section, smoke = read_params("icml2020")[section], scale == "smoke"
+    where, notebook, jobs = places("changed" if changes else scale), section["notebook"], []
+    for block in section["smoke" if smoke else "blocks"]:
+        if not smoke and (block.get("weights", "released") not in weights or datasets and block["dataset"] not in datasets): continue
+        settings = section["settings"] | block["settings"]
+        groups = [{"eps": [eps]} for eps in settings["eps"]] if block.get("one_run_per_eps") else [{}]
+        for method in [m for m in block["methods"] if not methods or m in methods]:
+            for network, training in _networks(block, method):
+                words = block["dataset"], block["architecture"], method, network["weights"], network.get("seed", 0)
+                named = dict(zip(("dataset", "architecture", "method"), words)) | network
+                if training and training not in jobs: jobs.append(training)
+                for group in groups:
+                    parameters = _change(notebook, named | settings | group | {"scale": scale}, changes)
+                    name = attack_id(*words, parameters["steps"], parameters.get("eps", []), training_label(network.get("train_id")), name=block["name"])
+                    jobs.append(_job(name, notebook, parameters | {"record_id": name}, where, network.get("train_id")))
+    return jobs
+
 # %% ../nbs/90_reproduce.ipynb #9f1c0cd1
 @dataclass(frozen=True)
 class Target:
@@ -167,10 +206,14 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #65972c09
+# %% ../nbs/90_reproduce.ipynb #3dcca572
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", _quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", _table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
+    "icml2020_table3": Target("Table 3: Kendall's tau of the maps under the top-k attack", partial(_measures, "icml2020_table3"), "icml2020_table3", ("paper", "smoke"), True),
+    "icml2020_fig2": Target("Fig. 2: the sneaking attack against six discrepancies", partial(_measures, "icml2020_fig2"), "icml2020_fig2", ("paper", "smoke"), True),
+    "icml2020_appendix_b": Target("Appendix B: the sneaking attack with CAM, GradCAM++ and integrated gradients, as tables", partial(_measures, "icml2020_appendix_b"), "icml2020_appendix_b", ("paper", "smoke"), True),
+    "icml2020_proposition1": Target("Proposition 1: no attack below the bound, and how tight it is (Appendix E)", partial(_measures, "icml2020_proposition1"), "icml2020_proposition1", ("paper", "smoke"), True),
 }
 
 # %% ../nbs/90_reproduce.ipynb #b2dc375c

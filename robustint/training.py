@@ -68,13 +68,14 @@ def fingerprint(
     "A short digest by which a state knows its run."
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/41_training.ipynb #22a5eda8
+# %% ../nbs/41_training.ipynb #fa23f408
 class Run:
     "Everything that changes while a network is trained, as it is saved and restored."
 
     def __init__(self, model, seed, device):
         self.model, self.optimiser = model, torch.optim.Adam(model.parameters())
         self.step, self.log, self.sums = 0, [], {"loss": 0., "seconds": 0.}
+        self.optimiser.zero_grad(set_to_none=True)
         self.order, self.generators = None, {"order": make_generator(seed), "noise": make_generator(seed + 1, device)}
 
     def save(self, path, print_):
@@ -102,19 +103,19 @@ class Run:
         for name, state in part("generator").items(): self.generators[name].set_state(state)
         self.order, self.step, self.log, self.sums = tensors.get("order"), header["step"], header["log"], header["sums"]
 
-# %% ../nbs/41_training.ipynb #801b7099
+# %% ../nbs/41_training.ipynb #302cb693
 def _take_step(run, images, labels, method, eps, inner_steps, inner_step_size, rate):
     "Attack one batch and descend the loss at it once; counts the step. FloatingPointError if the loss is not finite."
     began = time.monotonic()
     perturbed = find_perturbed(run.model, images, labels, method, eps=eps, steps=inner_steps,
                                step_size=inner_step_size, generator=run.generators["noise"])
-    run.optimiser.zero_grad(set_to_none=True)
     loss = method.loss(fold(run.model), images, perturbed, labels).mean()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss.item()} at step {run.step}: lower the learning rate or gamma; the last saved state is intact")
     loss.backward()
     for group in run.optimiser.param_groups: group["lr"] = rate
     run.optimiser.step()
+    run.optimiser.zero_grad(set_to_none=True) # nothing of the step stays behind
     run.step += 1
     run.sums = {"loss": run.sums["loss"] + loss.item(), "seconds": run.sums["seconds"] + time.monotonic() - began}
 
@@ -150,7 +151,7 @@ def _describe_method(method):
     if not hasattr(method, "inner"): return type(method).__name__
     return [[term.__name__ for term in terms] for terms in (method.inner, method.outer)] + [method.gamma, method.normalisation]
 
-# %% ../nbs/41_training.ipynb #3aab52f1
+# %% ../nbs/41_training.ipynb #0c36009f
 def train(
     model:nn.Module, # network to be trained in place: images in [0,1] -> logits
     images:torch.Tensor, # training images, (N, C, H, W) in [0,1]; moved to the model's device once
@@ -187,9 +188,7 @@ def train(
         _take_step(run, images[batch], labels[batch], method, radius, inner_steps, size, rate)
         bar.set_postfix(epoch=f"{step // per_epoch + 1}/{epochs}", eps=f"{radius:.3f}", loss=f"{run.sums['loss'] / (place + 1):.3f}")
         if run.step % per_epoch == 0: _finish_epoch(run, radius, rate, per_epoch, evaluate)
-        late = save_every is not None and time.monotonic() - saved > save_every
-        if state is not None and (late or place == per_epoch - 1):
+        if state is not None and (place == per_epoch - 1 or save_every is not None and time.monotonic() - saved > save_every):
             run.save(state, settings)
             saved = time.monotonic()
-    run.optimiser.zero_grad(set_to_none=True) # nothing of the last step stays behind
     return run.log

@@ -109,19 +109,18 @@ def gabor_kernels(
     waves = torch.cos(2 * math.pi * frequency[..., None, None] * along) * (turn < sides)[..., None, None]
     return torch.exp(-(x ** 2 + y ** 2) / (2 * (sigma[..., None] + 1e-3) ** 2)) * waves.sum(1)
 
-# %% ../nbs/33_unforeseen.ipynb #83740cd7
+# %% ../nbs/33_unforeseen.ipynb #e25d48e4
 def flatten_noise(
     noise:torch.Tensor, # (N, 1, H, W), any scale
 ) -> torch.Tensor: # (N, 1, H, W) in [0, 1], nearly two-valued
     "Make noise equally strong everywhere and stretch it to [0, 1]."
-    tiny = torch.finfo(noise.dtype).tiny
     with torch.no_grad():
         mean = noise.mean((2, 3), keepdim=True)
         height = (noise - mean).abs()
-        factor = 1.001 / (0.001 + height / height.amax((2, 3), keepdim=True).clamp(min=tiny))
+        factor = 1.001 / (0.001 + height / height.amax((2, 3), keepdim=True).clamp(min=1e-12))
         flat = (noise - mean) * factor
         low, high = flat.amin((2, 3), keepdim=True), flat.amax((2, 3), keepdim=True)
-    return ((noise - mean) * factor - low) / (high - low).clamp(min=tiny)
+    return ((noise - mean) * factor - low) / (high - low).clamp(min=1e-12)
 
 # %% ../nbs/33_unforeseen.ipynb #8d3a5ebc
 class Gabor:
@@ -226,7 +225,7 @@ class Snow:
         snow = F.conv_transpose2d(flakes.pow(4).reshape(1, -1, *flakes.shape[2:]), self.streaks, stride=4, groups=n)
         return (self.pale + self.brightness * snow[0, :, None, 6:6 + h, 6:6 + w]).clamp(0, 1)
 
-# %% ../nbs/33_unforeseen.ipynb #b6ffd68c
+# %% ../nbs/33_unforeseen.ipynb #71f875a9
 def grow_landscape(
     heights:torch.Tensor, # (N, size * size - 1) in [0, 1]: the amounts, coarse to fine
     size:int, # pixels of a side, a power of two
@@ -244,7 +243,7 @@ def grow_landscape(
         grid = torch.stack([torch.stack([grid, across], 3), torch.stack([down, middle], 3)], 2).reshape(-1, 2 * side, 2 * side)
         amount, used = amount / decay, used + 3 * side * side
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
-    return ((grid - low) / (high - low).clamp(min=torch.finfo(grid.dtype).tiny))[:, None]
+    return ((grid - low) / (high - low).clamp(min=1e-12))[:, None]
 
 # %% ../nbs/33_unforeseen.ipynb #df2b9540
 class Fog:

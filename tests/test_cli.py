@@ -1,0 +1,308 @@
+"""The command line: exit codes, bars, runs that fail, are stopped or are killed.
+
+Most tests run a project of stand-ins: notebooks with the same parameters that only write their record, so that a run takes seconds."""
+import contextlib
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import house
+import nbformat
+import psutil
+import pytest
+from house import ROOT
+
+from robustint.cli import main
+
+BODY = '''
+import json, os, time
+from pathlib import Path
+home = Path(os.environ["ROBUSTINT_HOME"])
+with open(home / "log", "a") as log: log.write(record_id + "\\n")
+word = os.environ.get("ROBUSTINT_PROGRESS")
+if word: Path(word).write_text(json.dumps({"label": record_id, "done": 1, "total": 4, "postfix": {"loss": "0.25"}}))
+time.sleep(float(os.environ.get("PATIENCE", "0")))
+if method == os.environ.get("BROKEN"): raise ArithmeticError(f"{method} is broken")
+'''
+WRITE = '''
+names = ("dataset", "architecture", "method", "eps", "seed", "scale", "steps", "images", "epochs")
+made = {name: globals()[name] for name in names if name in globals()}
+import hashlib
+metrics = {"value": len(record_id)}
+if KIND == "run_train":
+    file = Path(networks) / f"{record_id}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(record_id.encode())
+else: file = Path(networks) / f"{train_id}.safetensors"
+metrics["network_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+target = Path(records) / f"{record_id}.json"
+target.parent.mkdir(parents=True, exist_ok=True)
+Path(f"{target}.tmp").write_text(json.dumps({"id": record_id, "parameters": made, "metrics": metrics, "created": time.time()}))
+os.replace(f"{target}.tmp", target)
+'''
+REPORT = '''
+import os
+from pathlib import Path
+found = sorted(path.stem for path in Path(records).glob("*.json"))
+Path(figures).mkdir(parents=True, exist_ok=True)
+(Path(figures) / f"{KIND}.md").write_text("\\n".join(["a table", *found]) + "\\n")
+'''
+
+
+def stand_in(name):
+    "A notebook with the parameters cell of the real one and a body that computes nothing."
+    real = house.read(ROOT / f"nbs/experiments/{name}.ipynb")
+    parameters = nbformat.v4.new_code_cell(house.parameter_cells(real)[0].source, metadata={"tags": ["parameters"]})
+    bodies = [BODY, WRITE] if name.startswith("run_") else [REPORT]
+    cells = [parameters, nbformat.v4.new_code_cell(f"KIND = {name!r}"), *[nbformat.v4.new_code_cell(body.strip()) for body in bodies]]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project folder of stand-ins."
+    folder = tmp_path / "nbs/experiments"
+    folder.mkdir(parents=True)
+    for name in ("run_train", "run_pgd", "run_cam", "quick_report"):
+        nbformat.write(stand_in(name), folder / f"{name}.ipynb")
+    (folder / "params").mkdir()
+    for path in (ROOT / "nbs/experiments/params").glob("*.yaml"):
+        (folder / "params" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setenv("ROBUSTINT_HOME", str(tmp_path))
+    return tmp_path
+
+
+SMOKE = ["reproduce", "quick", "--scale", "smoke", "-j", "2"]
+
+
+def start(*words, **environment):
+    "The command line in a process of its own."
+    return subprocess.Popen([sys.executable, "-c", "import sys; from robustint.cli import main; sys.exit(main())", *words], text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
+
+
+def run(*words, **environment):
+    process = start(*words, **environment)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def records(project):
+    "What was recorded, without the times."
+    made = {path.stem: json.loads(path.read_text()) for path in (project / "data/runs/smoke/records").glob("*.json")}
+    return {name: {key: value for key, value in record.items() if key not in ("created", "seconds")} for name, record in made.items()}
+
+
+def asked(project):
+    return (project / "log").read_text().split() if (project / "log").exists() else []
+
+
+# --- bad parameters ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, told", [
+    (["reproduce", "quik"], "did you mean quick?"),
+    (["reproduce", "icml2020_table1", "--dataset", "minst"], "did you mean mnist?"),
+    (["reproduce", "icml2020_table1", "--scale", "fast"], "paper"),
+    (["reproduce", "icml2020_table1", "--weights", "relesed"], "did you mean released?"),
+    (["reproduce", "quick", "-p", "epoch=3"], "did you mean epochs?"),
+    (["reproduce", "quick", "-p", "epochs"], "NAME=VALUE"),
+    (["reproduce", "quick", "-p", "method=int3"], "did you mean int"),
+    (["reproduce", "quick", "-p", "eps=8"], "8/255"),
+    (["reproduce", "quick", "-p", "epochs=["], "robustint: "),
+    (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
+    (["fetch", "imagenet"], "mnist")])
+def test_bad_parameters_end_with_2_before_anything_runs(words, told, project, capsys):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert told in err and not out and "Traceback" not in err
+    assert not asked(project) and not (project / "data").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["reproduce"], ["reprodce", "quick"], ["reproduce", "quick", "-j", "two"], ["list", "--all"]])
+def test_words_that_are_no_command_end_with_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+# --- looking without running -------------------------------------------------------------------------------------------
+
+def test_a_dry_run_prints_the_lines_and_runs_nothing(project, capsys):
+    assert main([*SMOKE, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert len(lines) == 7 and all(line.startswith("papermill nbs/experiments/") for line in lines) and "quick_report" in lines[-1]
+    assert "0 of 6 runs are done" in err and not asked(project)
+
+
+def test_list_names_every_target(project, capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "quick: " in out and "icml2020_table1: " in out and "--scale smoke: 0 of 6 runs done" in out
+
+
+def test_a_changed_parameter_stays_apart(project, capsys):
+    assert main([*SMOKE, "--dry-run", "-p", "epochs=1"]) == 0
+    out = capsys.readouterr().out
+    assert "-p epochs 1" in out and "data/runs/changed/records" in out and "data/runs/smoke" not in out
+
+
+def test_fetch_says_in_one_line_why_it_failed(tmp_path, monkeypatch, capsys, server):
+    monkeypatch.setenv("ROBUSTINT_SOURCE", server.address)
+    assert main(["fetch", "released", "--root", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("robustint: ")
+
+
+# --- running -----------------------------------------------------------------------------------------------------------
+
+def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
+    code, out, err = run(*SMOKE)
+    assert code == 0, err
+    assert len(records(project)) == 6 and "a table" in out and "written: " in out
+    assert "[6/6] done" in err and "\r" not in err and "\x1b" not in err, "no bars where there is no terminal"
+    executed = {path.name for path in (project / "data/runs/smoke").glob("*.ipynb")}
+    assert executed == {f"{name}.ipynb" for name in [*records(project), "quick_report"]}
+    assert not list((project / "data/runs").glob(".marks-*")), "nothing is left of a run that went well"
+    before, times = asked(project), {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
+    (project / "nbs/experiments/run_train.ipynb").touch()  # a notebook that was edited asks for nothing
+    code, out, err = run(*SMOKE)
+    assert code == 0 and "6 of 6 runs are done already" in err and "a table" in out
+    assert asked(project) == before and times == {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
+
+
+def test_a_failure_leaves_its_notebook_and_the_rest_goes_on(project):
+    code, out, err = run(*SMOKE, BROKEN="int")
+    assert code == 1
+    assert {name for name in records(project)} == {n for n in records(project) if "-normal-" in n} and len(records(project)) == 3
+    line = next(line for line in err.splitlines() if line.startswith("failed: "))
+    assert "ArithmeticError: int is broken" in line and "traceback in data/runs/smoke/digits-small-int-" in line
+    notebook = project / re.search(r"traceback in (\S+)", line)[1]
+    assert "ArithmeticError" in notebook.read_text() and "traceback" in notebook.read_text()
+    assert "not run: 2" in err and "To go on where this stopped: robustint reproduce quick" in err and "Traceback" not in err
+    assert not (project / "figures").exists(), "no report out of half the records"
+    tried = asked(project)
+    code, out, err = run(*SMOKE)
+    assert code == 0 and len(records(project)) == 6 and "3 of 6 runs are done already" in err
+    assert not [name for name in asked(project)[len(tried):] if "-normal-" in name]
+
+
+def group_of(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(project):
+    process = start(*SMOKE, PATIENCE="60")
+    wait_for(lambda: asked(project))
+    family = group_of(psutil.Process(process.pid))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "To go on: robustint reproduce quick --scale smoke" in err and "Traceback" not in err
+    gone, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, [p.cmdline() for p in alive]
+    assert run(*SMOKE)[0] == 0 and len(records(project)) == 6
+
+
+def test_a_run_that_is_killed_ends_with_the_same_records(project):
+    process = start(*SMOKE, PATIENCE="1")
+    wait_for(lambda: len(asked(project)) >= 3)
+    family = group_of(psutil.Process(process.pid))
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
+    done = len(records(project))
+    assert done < 6
+    code, out, err = run(*SMOKE)
+    assert code == 0 and f"{done} of 6 runs are done already" in err
+    killed = records(project)
+    for path in project.rglob("records/*.json"):
+        path.unlink()
+    assert run(*SMOKE)[0] == 0 and records(project) == killed
+
+
+def test_on_a_terminal_there_are_bars(project):
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PATIENCE": "2", "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from robustint.cli import main; sys.exit(main())", *SMOKE], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    screen = b""
+    with contextlib.suppress(OSError):  # the other end is closed: the program ended
+        while piece := os.read(ours, 4096):
+            screen += piece
+    os.close(ours)
+    text = screen.decode(errors="replace")
+    assert process.wait(60) == 0
+    assert "6/6 runs" in text and "digits-small-int-eps0.15-s0" in text and "25%" in text and "loss=0.25" in text
+    assert "[1/6] done" not in text, "bars instead of lines"
+
+
+# --- the real notebooks ------------------------------------------------------------------------------------------------
+
+@pytest.mark.full
+def test_the_quick_job_at_smoke_scale_from_one_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROBUSTINT_HOME", str(tmp_path))
+    code, out, err = run(*SMOKE)
+    assert code == 0, err
+    assert "| Normal |" in out and "NOT the paper's numbers" in out
+    page = (tmp_path / "figures/smoke/report.html").read_text()
+    assert page.count("data:image/png;base64") == 3 and "src=\"http" not in page and "href=" not in page
+
+
+def train_line(folder):
+    "The papermill line of a small training in a folder of its own."
+    settings = {"epochs": 60, "records": folder / "records", "networks": folder / "networks", "runs": folder / "runs", "record_id": "killed"}
+    folder.mkdir(exist_ok=True)
+    return [str(house.BIN / "papermill"), "--no-progress-bar", str(ROOT / "nbs/experiments/run_train.ipynb"), str(folder / "executed.ipynb"),
+            *[word for name, value in settings.items() for word in ("-p", name, str(value))]]
+
+
+def train_record(folder):
+    "Its record without the times, and the bytes of its network."
+    made = json.loads((folder / "records/killed.json").read_text())
+    made["metrics"]["log"] = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in made["metrics"]["log"]]
+    return {key: value for key, value in made.items() if key not in ("created", "seconds")}, (folder / "networks/killed.safetensors").read_bytes()
+
+
+def steps_done(path):
+    try:
+        return json.loads(path.read_text())["done"]
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.mark.full
+def test_a_training_notebook_killed_again_and_again_ends_with_the_same_record(tmp_path):
+    "Killed with SIGKILL, kernel and all, at random moments all over the run; test_training kills the loop itself twenty times."
+    whole, broken, word = tmp_path / "whole", tmp_path / "broken", tmp_path / "progress.json"
+    environment, chance = {**house.tool_environment(), "OMP_NUM_THREADS": "1"}, random.Random(0)
+    subprocess.run(train_line(whole), env=environment, check=True, capture_output=True, cwd=ROOT)
+    for moment in sorted(chance.randrange(1, 600) for _ in range(8)):
+        word.unlink(missing_ok=True)
+        process = subprocess.Popen(train_line(broken), env={**environment, "ROBUSTINT_PROGRESS": str(word)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        wait_for(lambda: steps_done(word) >= moment or process.poll() is not None, 300)
+        assert process.poll() is None, "it ended before it could be killed"
+        for member in group_of(psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+        assert not (broken / "records").exists()
+    subprocess.run(train_line(broken), env=environment, check=True, capture_output=True, cwd=ROOT)
+    assert train_record(broken) == train_record(whole)
