@@ -47,7 +47,7 @@ def initialise(
     mode:str="fan_out", # for convolutions: fan_in or fan_out
     generator:torch.Generator=None, # source of the weights
 ) -> nn.Module: # the same
-    "Draw the first weights of a network (ATTA's public code)."
+    "Draw the first weights of a network (public code of TRADES)."
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d): module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
@@ -210,7 +210,7 @@ def split(
     model:nn.Module, # a chain of named layers, see `layers`
     layer:str, # a name of layers(model): the cut is after it
 ) -> tuple: # f_pre: images -> activations, after the last layer probabilities; f_post: activations -> logits
-    "Cut a network after a layer: f = f_post . f_pre (InterpretGAN paper, Section 3). ValueError for an unknown layer."
+    "Cut a network after a layer: f = f_post . f_pre (InterpretGAN paper). ValueError for an unknown layer."
     names, chain = layers(model), getattr(model, "blocks", model)
     if layer not in names: raise ValueError(f"no layer is called {layer!r}: choose one of {', '.join(names)}")
     cut = names.index(layer) + 1

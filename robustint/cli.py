@@ -7,8 +7,8 @@ __all__ = ['read_progress', 'Bars', 'snakemake_command', 'environment', 'stoppin
            'explain', 'run_report', 'show_targets', 'show_plan', 'reproduce', 'show_results', 'parse_change',
            'make_parser', 'main', 'fetch_data']
 
-# %% ../nbs/91_cli.ipynb #4c3943cf
-import argparse, contextlib, json, os, shutil, signal, subprocess, sys, tempfile, time
+# %% ../nbs/91_cli.ipynb #a05c4e87
+import argparse, contextlib, json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 # %% ../nbs/91_cli.ipynb #6e6ec622
@@ -176,17 +176,19 @@ def run_report(
     ended = watch_process(describe_job(report, marks)["command"], [report], marks, "report")
     return explain([report], ended, marks)
 
-# %% ../nbs/91_cli.ipynb #915ce676
+# %% ../nbs/91_cli.ipynb #5c62a808
 def show_targets() -> int: # exit code
-    "Every target, with what of it is done."
+    "Every target, with what of it is done; once where the kind of weights makes no difference."
     for name, target in TARGETS.items():
         print(f"{name}: {target.title}")
         for scale in target.scales:
-            for weights in ["trained"] if name == "quick" else ["released", "trained"]:
-                try: jobs, report = plan(name, scale=scale, weights=[weights])
-                except ValueError: continue
-                done = len(jobs) - len(remaining(jobs))
-                print(f"  --scale {scale}" + (f" --weights {weights}" if name != "quick" else "") + f": {done} of {len(jobs)} runs done; writes {places(scale)['figures']}/")
+            kinds = {}
+            for weights in "released", "trained":
+                with contextlib.suppress(ValueError): kinds[weights] = plan(name, scale=scale, weights=[weights])[0]
+            if len(kinds) == 2 and kinds["released"] == kinds["trained"]: kinds = {"": kinds["trained"]}
+            for weights, jobs in kinds.items():
+                words = f"--scale {scale}" + f" --weights {weights}" * bool(weights)
+                print(f"  {words}: {len(jobs) - len(remaining(jobs))} of {len(jobs)} runs done; writes {places(scale)['figures']}/")
     return 0
 
 # %% ../nbs/91_cli.ipynb #48de07c5
@@ -265,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--root", help="the data root; default: $ROBUSTINT_DATA, else data/raw")
     return parser
 
-# %% ../nbs/91_cli.ipynb #79108a5d
+# %% ../nbs/91_cli.ipynb #f768847e
 def main(
     words:list[str]|None=None, # None: those of the command line
 ) -> int: # exit code
@@ -278,11 +280,14 @@ def main(
         if asked.jobs < 1: raise ValueError(f"-j must be 1 or more; got {asked.jobs}")
         jobs, report = plan(asked.target, scale=asked.scale, weights=asked.weights or ["released"], datasets=asked.dataset,
                             methods=asked.method, changes=dict(parse_change(text) for text in asked.parameter))
-    except (ValueError, yaml.YAMLError) as error:
-        print(f"robustint: {error}", file=sys.stderr)
+        if asked.dry_run: return show_plan(jobs, report)
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+        print(f"robustint: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if asked.dry_run: return show_plan(jobs, report)
-    return reproduce(jobs, report, cores=asked.jobs, partial=TARGETS[asked.target].partial, again="robustint " + " ".join(words))
+    except BrokenPipeError: # whoever read the lines has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return reproduce(jobs, report, cores=asked.jobs, partial=TARGETS[asked.target].partial, again="robustint " + shlex.join(words))
 
 # %% ../nbs/91_cli.ipynb #dc89f249
 def fetch_data(

@@ -210,6 +210,7 @@ class Target:
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", _quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", _table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
+    "icml2020_table2": Target("Table 2: accuracy under five unforeseen attacks", partial(_measures, "icml2020_table2"), "icml2020_table2", ("paper", "smoke"), True),
     "icml2020_table3": Target("Table 3: Kendall's tau of the maps under the top-k attack", partial(_measures, "icml2020_table3"), "icml2020_table3", ("paper", "smoke"), True),
     "icml2020_fig2": Target("Fig. 2: the sneaking attack against six discrepancies", partial(_measures, "icml2020_fig2"), "icml2020_fig2", ("paper", "smoke"), True),
     "icml2020_appendix_b": Target("Appendix B: the sneaking attack with CAM, GradCAM++ and integrated gradients, as tables", partial(_measures, "icml2020_appendix_b"), "icml2020_appendix_b", ("paper", "smoke"), True),

@@ -6,7 +6,7 @@ import torch
 from conftest import one_line
 from torch import nn
 
-from robustint.classifiers import CLASSIFIERS, SmallCNN, VGG16, WideResNet, initialise, layers, load_classifier, make_classifier, make_pooling, pad_images, split
+from robustint.classifiers import CLASSIFIERS, SmallCNN, VGG16, WideResNet, layers, load_classifier, make_classifier, make_pooling, pad_images, split
 from robustint.core import make_generator
 from robustint.models import fold, make_model
 from robustint.pgd import pgd
@@ -29,14 +29,9 @@ def images_for(architecture, n=3):
 
 def shapes(architecture, **options):
     "The shapes of a network's weights, without the memory: the published sizes are large."
-    real = initialise.__globals__["initialise"]
-    try:
-        initialise.__globals__["initialise"] = lambda model, **_: model
-        with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.Module, "to_empty", lambda self, *, device: self)
-            return CLASSIFIERS[architecture](**options).state_dict()
-    finally:
-        initialise.__globals__["initialise"] = real
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "to_empty", lambda self, *, device: self)
+        return CLASSIFIERS[architecture](**options).state_dict()
 
 
 def count(state):
@@ -45,7 +40,7 @@ def count(state):
 
 def test_sizes_as_published():
     assert count(shapes("smallcnn")) == 427_402
-    assert count(shapes("wrn")) == 46_160_474  # as counted for the WRN-34-10 of TRADES and ATTA
+    assert count(shapes("wrn")) == 46_160_474  # WRN-34-10
     assert count(shapes("vgg16")) == 15_253_578  # with 512 units in FC1 and FC2
     assert count(shapes("vgg16", batch_norm=False, hidden=4096, classes=1000)) == 138_357_544 - (25_088 - 512) * 4096  # torchvision's less its 7x7 positions
     assert shapes("vgg16", size=128, classes=2)["blocks.FC1.1.weight"].shape == (4096, 8192)

@@ -134,12 +134,12 @@ def test_gradcam_without_a_layer_is_captums(captum, build):
 
 def test_cam_and_gradcam_on_a_network_of_torchvision(captum):
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
-    network, images, target = seeded(torchvision.models.shufflenet_v2_x0_5).eval(), pictures(2, 3, 48, 48, dtype=torch.float32), torch.tensor([3, 999])
+    network, images, target = seeded(torchvision.models.resnet18).eval(), pictures(2, 3, 48, 48, dtype=torch.float32), torch.tensor([3, 999])
     with torch.no_grad():
         logits = network(images)[[0, 1], target]
-    assert torch.allclose(cam(network, images, target, layer="conv5").sum((1, 2)), logits - network.fc.bias[target], atol=1e-4)
-    theirs = captum.LayerGradCam(network, network.stage4).attribute(images, target, relu_attributions=True)
-    agree(gradcam(network, images, target, layer="stage4"), theirs[:, 0])
+    assert torch.allclose(cam(network, images, target, layer="layer4").sum((1, 2)), logits - network.fc.bias[target], atol=1e-4)
+    theirs = captum.LayerGradCam(network, network.layer3).attribute(images, target, relu_attributions=True)
+    agree(gradcam(network, images, target, layer="layer3"), theirs[:, 0])
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------------
