@@ -7,7 +7,7 @@ __all__ = ['COMPRESSION', 'mutual_information', 'information_bound', 'interpreta
            'tap_layers', 'Compression', 'Explainer', 'make_explainers', 'explanation_feed', 'Inverter',
            'train_explainers', 'explain_layers', 'explain', 'save_explainers', 'load_explainers']
 
-# %% ../nbs/61_interpretgan.ipynb #916cd851
+# %% ../nbs/61_interpretgan.ipynb #c5dcb438
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from .checks import check_images
 from .classifiers import layers as chain_layers
 from .core import make_generator
 from .models import evaluation_mode
-from .progan import Critic, Equalised, Gan, Generator, grow
+from .progan import Critic, Equalised, Gan, Generator, grow, measure_variety
 from .zoo import load_tensors, save_tensors
 
 # %% ../nbs/61_interpretgan.ipynb #fdcd25d2
@@ -174,7 +174,7 @@ def explanation_feed(
         return {title: (latent, asked) for title, latent in latents.items()}
     return feed
 
-# %% ../nbs/61_interpretgan.ipynb #74a055d6
+# %% ../nbs/61_interpretgan.ipynb #48845cd0
 class Inverter:
     "A player that learns to give back the image itself (Dosovitskiy and Brox 2016): squared error, no critic."
 
@@ -186,13 +186,13 @@ class Inverter:
     averaged, update, average = Gan.averaged, Gan.update, Gan.average
 
     def play(self, inputs, reals, scale, alpha, step, term=None):
-        "One step down the squared error. Returns the losses and the spread, as tensors."
+        "One step down the squared error. Returns the losses and the variety, as tensors."
         drawn = self.parts["generator"](inputs, scale, alpha)
         error = (drawn - reals).square().mean()
         self.update("generator", error)
         self.average(min(self.settings["averaging"], (1 + step) / (10 + step)))
-        spread, nothing = drawn.detach().std(0).mean() / reals.std(0).mean().clamp(min=1e-6), torch.zeros(())
-        return {"critic": nothing, "generator": error.detach(), "term": nothing, "spread": spread}
+        nothing = torch.zeros(())
+        return {"critic": nothing, "generator": error.detach(), "term": nothing} | measure_variety(inputs, drawn, reals)
 
 # %% ../nbs/61_interpretgan.ipynb #75537dc7
 def train_explainers(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'Equalised', 'pixel_norm', 'add_minibatch_deviation', 'enlarge', 'shrink', 'growth', 'Generator', 'Critic',
-           'r1_penalty', 'Gan', 'gan_tensors', 'set_gan_tensors', 'Diverged', 'check_alive', 'Growth', 'grow',
-           'noise_feed']
+           'r1_penalty', 'measure_variety', 'Gan', 'gan_tensors', 'set_gan_tensors', 'Diverged', 'check_alive',
+           'Growth', 'grow', 'noise_feed']
 
 # %% ../nbs/60_progan.ipynb #2a3d5bdb
 import copy
@@ -158,7 +158,17 @@ def r1_penalty(
     gradient, = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
-# %% ../nbs/60_progan.ipynb #f3741e4a
+# %% ../nbs/60_progan.ipynb #50e18a50
+@torch.no_grad()
+def measure_variety(
+    inputs:torch.Tensor, # of the generator, (N, ...)
+    drawn:torch.Tensor, # its pictures, (N, C, H, W)
+    reals:torch.Tensor, # real images, (N, C, H, W)
+) -> dict: # inputs, spread
+    "How much the inputs of a generator differ, and its pictures."
+    return {"inputs": inputs.std(0).mean() / inputs.abs().mean().clamp(min=1e-12), "spread": drawn.std(0).mean() / reals.std(0).mean().clamp(min=1e-6)}
+
+# %% ../nbs/60_progan.ipynb #9d78f271
 class Gan:
     "A generator, its critic and its averaged twin, with what their training needs. ValueError for an unknown loss."
 
@@ -178,7 +188,7 @@ class Gan:
         self.optimisers[name].step()
 
     def play(self, inputs, reals, scale, alpha, step, term=None):
-        "One round: the critic moves, then the generator, then its average. Returns the losses and the spread, as tensors."
+        "One round: the critic moves, then the generator, then its average. Returns the losses and the variety, as tensors."
         generator, critic = (lambda x, part=self.parts[name]: part(x, scale, alpha) for name in ("generator", "critic"))
         critic_loss, generator_loss = LOSSES[self.settings["loss"]]
         drawn, every = generator(inputs), self.settings["penalty_every"]
@@ -188,8 +198,7 @@ class Gan:
         fooled, extra = generator_loss(critic(drawn)), torch.zeros(()) if term is None else term(drawn)
         self.update("generator", fooled + extra)
         self.average(min(self.settings["averaging"], (1 + step) / (10 + step)))
-        spread = drawn.detach().std(0).mean() / reals.std(0).mean().clamp(min=1e-6)
-        return {"critic": judged.detach(), "generator": fooled.detach(), "term": extra.detach(), "spread": spread}
+        return {"critic": judged.detach(), "generator": fooled.detach(), "term": extra.detach()} | measure_variety(inputs, drawn, reals)
 
     @torch.no_grad()
     def average(self, keep):
@@ -227,10 +236,10 @@ def set_gan_tensors(
 class Diverged(RuntimeError):
     "A GAN whose numbers are not finite, or whose pictures are all alike."
 
-# %% ../nbs/60_progan.ipynb #9f22b145
+# %% ../nbs/60_progan.ipynb #7b31e448
 def check_alive(
     name:str, # of the player, for the error
-    means:dict, # critic, generator, term and spread, means over the last steps
+    means:dict, # critic, generator, term, inputs and spread, means over the last steps
     step:int, # where the training stands
     least_spread:float=0.02, # of the pictures, as a share of the real ones'
 ) -> None:
@@ -238,7 +247,7 @@ def check_alive(
     remedy = "lower the learning rate, or choose the loss nonsaturating with a penalty; the last saved state is good and is kept"
     lost = [key for key, value in means.items() if not abs(value) < float("inf")]
     if lost: raise Diverged(f"{name} diverged before step {step}: {' and '.join(lost)} not finite: {remedy}")
-    if means["spread"] < least_spread: raise Diverged(f"{name} collapsed before step {step}: its pictures differ {means['spread']:.3f} times as much as real ones: {remedy}")
+    if means["inputs"] > 0.2 and means["spread"] < least_spread: raise Diverged(f"{name} collapsed before step {step}: its pictures differ {means['spread']:.3f} times as much as real ones: {remedy}")
 
 # %% ../nbs/60_progan.ipynb #9feb7559
 class Growth:
@@ -285,7 +294,7 @@ def _check_growth(images, steps, batch_size, every):
     if not 2 <= batch_size <= len(images): raise ValueError(f"batch_size must be from 2 to the number of images, {len(images)}; got {batch_size}")
     if every < 1 or min(steps) < 0: raise ValueError(f"every must be 1 or more and steps 0 or more; got {every} and {list(steps)}")
 
-# %% ../nbs/60_progan.ipynb #4e3cb659
+# %% ../nbs/60_progan.ipynb #54e6ecfe
 def grow(
     players:dict, # Gan by name; they are trained in place
     images:torch.Tensor, # real images, (N, C, S, S) in [0,1], on the players' device; S is 4 * 2**(number of scales - 1)
@@ -300,7 +309,7 @@ def grow(
     observe:Callable|None=None, # (players, step, scale, alpha) -> dict for the log; called at every entry
     identity:dict|None=None, # what else defines the run: a state of another one is refused
     label:str="grow", # name on the progress bar
-) -> list: # the log: dicts of step, side, alpha, seconds, and for each player critic, generator, term, spread
+) -> list: # the log: dicts of step, side, alpha, seconds, and for each player critic, generator, term, inputs, spread
     "Train progressive GANs side by side. Resumes exactly on a CPU, also in the middle of a fade. Raises Diverged, ValueError."
     _check_growth(images, steps, batch_size, every)
     run, per_epoch, total = Growth(players, seed, images.device), len(images) // batch_size, sum(steps)
