@@ -206,7 +206,7 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #3dcca572
+# %% ../nbs/90_reproduce.ipynb #254ae88b
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", _quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", _table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
