@@ -279,7 +279,7 @@ def test_table_has_the_columns(path):
     if path is None:
         pytest.skip("no table is committed yet")
     rows = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
-    assert rows and list(rows[0]) == house.TABLE_COLUMNS
+    assert rows and [name for name in rows[0] if name in house.TABLE_COLUMNS] == house.TABLE_COLUMNS  # a table may add columns of its own
     for row in rows:
-        if row["ours"]:
+        if row["ours"] and row["low"]:  # one image alone has no interval
             assert float(row["low"]) <= float(row["ours"]) <= float(row["high"]) and int(row["n"]) > 0, row
