@@ -85,7 +85,22 @@ def _attacks(
         jobs.append(_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 
-# %% ../nbs/90_reproduce.ipynb #2b3260e6
+# %% ../nbs/90_reproduce.ipynb #df379969
+def _training(
+    params:dict, # the params file
+    network:dict, # dataset, architecture, method, seed
+    chosen:dict, # schedule, and changes and label where there are any
+    scale:str,
+    where:dict, # from places
+    changes:dict, # from the command line
+) -> Job:
+    "The training of one network."
+    settings = params["training"][network["dataset"]][chosen["schedule"]] | chosen.get("changes", {})
+    label = chosen.get("label", "full" if chosen["schedule"] == "paper" else "")
+    name = training_id(network["dataset"], network["architecture"], network["method"], settings["eps"], network["seed"], label)
+    return _job(name, "run_train", _change("run_train", network | settings | {"scale": scale, "label": label, "record_id": name}, changes), where)
+
+# %% ../nbs/90_reproduce.ipynb #97cacd0d
 def _trained(
     params:dict, # the params file
     table:dict, # the table, with its scales
@@ -97,18 +112,14 @@ def _trained(
     methods:list|None, # None: all
 ) -> list[Job]:
     "Trainings, each followed by its attacks."
-    settings = params["training"][dataset][chosen["schedule"]] | chosen.get("changes", {})
-    label, jobs = chosen.get("label", "full" if chosen["schedule"] == "paper" else ""), []
+    jobs = []
     for architecture in table["datasets"][dataset]["architectures"]:
         for method in chosen.get("methods", table["datasets"][dataset]["methods"]):
             if methods and method not in methods: continue
             for seed in chosen.get("seeds", table["seeds"]):
-                name = training_id(dataset, architecture, method, settings["eps"], seed, label)
-                named = {"dataset": dataset, "architecture": architecture, "method": method, **settings, "seed": seed, "scale": scale}
-                named |= {"label": label, "record_id": name}
-                jobs.append(_job(name, "run_train", _change("run_train", named, changes), where))
-                network = {"architecture": architecture, "method": method, "weights": "trained", "train_id": name, "seed": seed}
-                jobs += _attacks(table, scale, dataset, network, where, changes)
+                network = {"architecture": architecture, "method": method, "seed": seed}
+                training = _training(params, {"dataset": dataset} | network, chosen, scale, where, changes)
+                jobs += [training] + _attacks(table, scale, dataset, network | {"weights": "trained", "train_id": training.name}, where, changes)
     return jobs
 
 # %% ../nbs/90_reproduce.ipynb #ca745d52
@@ -158,18 +169,23 @@ def _quick(
                 jobs.append(_job(hit, notebook, settings | {"record_id": hit}, where, name))
     return jobs
 
-# %% ../nbs/90_reproduce.ipynb #59017370
+# %% ../nbs/90_reproduce.ipynb #dbcb5e48
 def _networks(
-    block:dict, # dataset, architecture, weights
+    block:dict, # dataset, architecture, weights, training
     method:str, # a key of METHODS
 ) -> list[tuple[dict, Job|None]]: # parameters that name the network, and the job that trains it
     "The networks of a block, one for each seed where they are trained here."
     weights = block.get("weights", "released")
     if weights != "trained": return [({"weights": weights}, None)]
-    trainings = [job for job in _table1("short", ["trained"], [block["dataset"]], [method], {}) if job.notebook == "run_train" and not training_label(job.name)]
+    if "training" in block:
+        chosen, network = block["training"], {"dataset": block["dataset"], "architecture": block["architecture"], "method": method}
+        trainings = [_training(read_params("icml2020"), network | {"seed": seed}, chosen, "short", places("short"), {}) for seed in chosen["seeds"]]
+    else:
+        planned = _table1("short", ["trained"], [block["dataset"]], [method], {})
+        trainings = [job for job in planned if job.notebook == "run_train" and not training_label(job.name)]
     return [({"weights": weights, "train_id": job.name, "seed": job.parameters["seed"]}, job) for job in trainings]
 
-# %% ../nbs/90_reproduce.ipynb #22200db2
+# %% ../nbs/90_reproduce.ipynb #38cc1efe
 def _measures(
     section:str, # a section of params/icml2020.yaml with notebook, settings, blocks and smoke
     scale:str,
@@ -183,7 +199,7 @@ def _measures(
     where, notebook, jobs = places("changed" if changes else scale), section["notebook"], []
     for block in section["smoke" if smoke else "blocks"]:
         if not smoke and (block.get("weights", "released") not in weights or datasets and block["dataset"] not in datasets): continue
-        settings = section["settings"] | block["settings"]
+        settings = section["settings"] | block.get("settings", {})
         groups = [{"eps": [eps]} for eps in settings["eps"]] if block.get("one_run_per_eps") else [{}]
         for method in [m for m in block["methods"] if not methods or m in methods]:
             for network, training in _networks(block, method):
@@ -196,6 +212,22 @@ def _measures(
                     jobs.append(_job(name, notebook, parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 
+# %% ../nbs/90_reproduce.ipynb #0d35912a
+def _together(
+    section:str, # a section of params/icml2020.yaml with notebook, settings and smoke
+    scale:str,
+    weights:list[str], # of no influence
+    datasets:list|None, # of no influence
+    methods:list|None, # None: all
+    changes:dict, # from the command line
+) -> list[Job]:
+    "The one run behind a section that measures all methods side by side."
+    section, where = read_params("icml2020")[section], places("changed" if changes else scale)
+    settings = section["settings"] | (section["smoke"] if scale == "smoke" else {})
+    settings |= {"methods": [m for m in settings["methods"] if not methods or m in methods], "scale": scale}
+    name = f"{settings['dataset']}-{settings['architecture']}-{section['name']}"
+    return [_job(name, section["notebook"], _change(section["notebook"], settings | {"record_id": name}, changes), where)]
+
 # %% ../nbs/90_reproduce.ipynb #9f1c0cd1
 @dataclass(frozen=True)
 class Target:
@@ -206,16 +238,23 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #254ae88b
+# %% ../nbs/90_reproduce.ipynb #e4424372
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", _quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", _table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
-    "icml2020_table2": Target("Table 2: accuracy under five unforeseen attacks", partial(_measures, "icml2020_table2"), "icml2020_table2", ("paper", "smoke"), True),
-    "icml2020_table3": Target("Table 3: Kendall's tau of the maps under the top-k attack", partial(_measures, "icml2020_table3"), "icml2020_table3", ("paper", "smoke"), True),
-    "icml2020_fig2": Target("Fig. 2: the sneaking attack against six discrepancies", partial(_measures, "icml2020_fig2"), "icml2020_fig2", ("paper", "smoke"), True),
-    "icml2020_appendix_b": Target("Appendix B: the sneaking attack with CAM, GradCAM++ and integrated gradients, as tables", partial(_measures, "icml2020_appendix_b"), "icml2020_appendix_b", ("paper", "smoke"), True),
-    "icml2020_proposition1": Target("Proposition 1: no attack below the bound, and how tight it is (Appendix E)", partial(_measures, "icml2020_proposition1"), "icml2020_proposition1", ("paper", "smoke"), True),
-}
+} | {name: Target(title, partial(planner, name), name, ("paper", "smoke"), True) for name, planner, title in (
+    ("icml2020_table2", _measures, "Table 2: accuracy under five unforeseen attacks"),
+    ("icml2020_table3", _measures, "Table 3: Kendall's tau of the maps under the top-k attack"),
+    ("icml2020_fig1", _measures, "Fig. 1: maps of the true and of the wanted class before and after an attack"),
+    ("icml2020_fig2", _measures, "Fig. 2: the sneaking attack against six discrepancies"),
+    ("icml2020_fig3", _together, "Fig. 3: what an epoch of each method costs, against its accuracy under PGD"),
+    ("icml2020_fig4", _measures, "Fig. 4 and Appendix I: what a neuron of each network waits for"),
+    ("icml2020_appendix_b", _measures, "Appendix B: the sneaking attack with CAM, GradCAM++ and integrated gradients, as tables"),
+    ("icml2020_proposition1", _measures, "Proposition 1: no attack below the bound, and how tight it is (Appendix E)"),
+    ("icml2020_appendix_f", _measures, "Appendix F: what gamma and eps of the training do; and Int with integrated gradients"),
+    ("icml2020_appendix_g", _measures, "Appendix G (Table A3): accuracy under PGD of 1, 10, 100 and 200 steps"),
+    ("icml2020_appendix_h", _measures, "Appendix H (Table A7): the network with max pooling"),
+)}
 
 # %% ../nbs/90_reproduce.ipynb #b2dc375c
 def plan(
