@@ -58,10 +58,10 @@ def attack_id(
     if len(eps) == 1: words.append(f"eps{eps[0]}".replace("/", "_"))
     return "-".join(word for word in words if word)
 
-# %% ../nbs/80_jobs.ipynb #f7d61c56
+# %% ../nbs/80_jobs.ipynb #963a5406
 def load_network(
     dataset:str, # for example "mnist"
-    architecture:str, # "small", "pool" or "wresnet"
+    architecture:str, # a key of ARCHITECTURES or CLASSIFIERS, for example "small"
     method:str, # a key of METHODS
     weights:str, # "released", "trained", "untrained" or the path of a checkpoint
     *,
@@ -70,20 +70,23 @@ def load_network(
     networks:Path|str|None=None, # folder of the trained networks; None: data/networks of the project
     data:Path|str|None=None, # data root, for the released networks
 ): # (model, its file; None where there is no file)
-    "The network to be attacked. Raises ValueError when `trained` comes without a train_id."
+    "The network to be attacked. Raises ValueError when `trained` comes without a train_id, or its file is not the one of its record."
+    from robustint.classifiers import load_classifier, make_classifier
     from robustint.core import data_root, make_generator
     from robustint.data import load_dataset
-    from robustint.models import make_model
-    from robustint.zoo import load_checkpoint, load_model, released_name
+    from robustint.zoo import load_model, released_name
     if weights == "untrained":
         test_set = load_dataset(dataset, "test", data)
-        return make_model(architecture, channels=test_set.images.shape[1], classes=len(test_set.class_names), generator=make_generator(seed)), None
+        return make_classifier(architecture, channels=test_set.images.shape[1], classes=len(test_set.class_names), generator=make_generator(seed)), None
     if weights == "released":
         return load_model(method, dataset, architecture, root=data), data_root(data)/"reference_networks"/released_name(method, dataset, architecture)
-    if weights == "trained" and train_id is None:
-        raise ValueError("weights = trained needs train_id: write for example -p train_id mnist-small-int-eps0.3-s0")
-    path = Path(networks or project_root()/"data"/"networks")/f"{train_id}.safetensors" if weights == "trained" else Path(weights)
-    return load_checkpoint(path)[0], path
+    if weights != "trained": return load_classifier(weights)[0], Path(weights)
+    if train_id is None: raise ValueError("weights = trained needs train_id: write for example -p train_id mnist-small-int-eps0.3-s0")
+    path = Path(networks or project_root()/"data"/"networks")/f"{train_id}.safetensors"
+    model, record = load_classifier(path)[0], path.parent.parent/"records"/f"{train_id}.json"
+    if record.is_file() and read_record(record)["metrics"]["network_sha256"] != sha256(path):
+        raise ValueError(f"{path} is not the network of {record}: restore it with git, or delete both and train it again")
+    return model, path
 
 # %% ../nbs/80_jobs.ipynb #f117763a
 def experiments_folder() -> Path: # the folder nbs/experiments
@@ -114,13 +117,14 @@ def nearest(
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)
     return f"did you mean {close[0]}?" if close else f"write one of {', '.join(str(k) for k in known)}"
 
-# %% ../nbs/80_jobs.ipynb #4de6aa74
+# %% ../nbs/80_jobs.ipynb #2c8eb4b3
 def known_values() -> dict[str, list]: # parameter name -> the values it may take
     "The values of those parameters that name something."
     from robustint.data import DATASETS
+    from robustint.classifiers import CLASSIFIERS
     from robustint.models import ARCHITECTURES
     from robustint.objectives import METHODS
-    return {"dataset": list(DATASETS), "architecture": list(ARCHITECTURES), "method": list(METHODS),
+    return {"dataset": list(DATASETS), "architecture": [*ARCHITECTURES, *CLASSIFIERS], "method": list(METHODS),
             "normalisation": ["code", "paper"], "scale": ["smoke", "quick", "short", "paper", "changed"]}
 
 # %% ../nbs/80_jobs.ipynb #3abed084

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Pair', 'clean_loss', 'adversarial_loss', 'divergence', 'two_class_term', 'one_class_term',
            'attribution_norm', 'Method', 'make_method']
 
-# %% ../nbs/40_objectives.ipynb #3245eb0d
+# %% ../nbs/40_objectives.ipynb #4c4c5a9e
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from .attributions import WithIntegratedGradients
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
 
@@ -91,7 +92,7 @@ def attribution_norm(
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 
-# %% ../nbs/40_objectives.ipynb #a17e5cdf
+# %% ../nbs/40_objectives.ipynb #b9cd3000
 @dataclass(frozen=True)
 class Method:
     "A method of Table 1: the terms its attack climbs and the terms its training descends."
@@ -100,6 +101,11 @@ class Method:
     outer: tuple # terms of the training loss
     gamma: float = 0.01 # weight of the terms on the explanation
     normalisation: str = "code" # scale in which gamma is meant: "code" (no 1/u, no 1/2) or "paper" (eq. 1 and eq. 7)
+    maps_from: Callable = None # network -> the same network with other maps; None: its CAMs
+
+    def explained(self, network):
+        "The network with the maps this method compares."
+        return network if self.maps_from is None else self.maps_from(network)
 
     def total(self, terms, pair):
         "The weighted sum of terms, (N,)."
@@ -115,15 +121,16 @@ class Method:
         "The inner objective: perturbed images -> values (N,). None where the method has no attack."
         if not self.inner: return None
         maps = any(term in (two_class_term, one_class_term) for term in self.inner)
+        network = self.explained(network)
         with torch.no_grad(): clean = Pair(network, images, labels, maps=maps).views(images) if maps or divergence in self.inner else ()
         return lambda perturbed: self.total(self.inner, Pair(network, images, labels, perturbed, maps, clean))
 
     def loss(self, network, images, perturbed, labels) -> torch.Tensor:
         "The outer loss, (N,), differentiable in the weights of the network."
         maps = any(term in (two_class_term, one_class_term) for term in self.outer)
-        return self.total(self.outer, Pair(network, images, labels, perturbed, maps))
+        return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps))
 
-# %% ../nbs/40_objectives.ipynb #d12385f0
+# %% ../nbs/40_objectives.ipynb #dd15c0ed
 METHODS = {
     "normal":        Method("Normal",        (),                                 (clean_loss,)),
     "adv":           Method("Adv",           (adversarial_loss,),                (adversarial_loss,)),
@@ -135,6 +142,8 @@ METHODS = {
     "int_adv":       Method("Int-Adv",       (adversarial_loss, two_class_term), (adversarial_loss, two_class_term)),
     "int2":          Method("Int2",          (adversarial_loss,),                (clean_loss, two_class_term)),        # eq. 10
     "int2_adv":      Method("Int2-Adv",      (adversarial_loss,),                (adversarial_loss, two_class_term)),
+    # ours: eq. 9 with integrated gradients for CAM
+    "int_ig":        Method("Int with IG",   (two_class_term,),                  (clean_loss, two_class_term), maps_from=WithIntegratedGradients),
 }
 
 # %% ../nbs/40_objectives.ipynb #d569d1ad
