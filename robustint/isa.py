@@ -129,7 +129,7 @@ def per_image(
     if not (values.isfinite() & (values >= 0)).all(): raise ValueError(f"radii and weights must be 0 or more and finite; got {values.min():g} to {values.max():g}")
     return values
 
-# %% ../nbs/31_isa.ipynb #38980017
+# %% ../nbs/31_isa.ipynb #9bfc39b5
 def sneak(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -144,6 +144,7 @@ def sneak(
     interpreter:str|Callable="cam", # see map_source
     steps:int=10, # how many
     step_size:float=0.2, # longest step, as a share of eps
+    benign:torch.Tensor=None, # maps of the images for these classes, (N, m, h, w), where a search has them already
 ) -> torch.Tensor: # attacked images, (N, C, H, W)
     "Interpretability sneaking attack at one radius and weight (eq. 6). ValueError for bad input."
     count = check_sneak(model, images, labels, targets, n)
@@ -156,7 +157,7 @@ def sneak(
         logits, maps = explain(points, chosen)
         return -target_margin(logits, targets) - weights * map_distance(benign, maps, norm=norm)
     with evaluation_mode(network):
-        with torch.no_grad(): benign = explain(images, chosen)[1] if weights.any() else None
+        with torch.no_grad(): benign = explain(images, chosen)[1] if weights.any() and benign is None else benign
         return ascend(sneaking if weights.any() else plain, images, ClippedStep(radii[:, None, None, None], n), steps=steps, step_size=step_size)
 
 # %% ../nbs/31_isa.ipynb #99878d29
@@ -206,7 +207,7 @@ class Sneaking:
     weights:torch.Tensor # (K, N)
     attacked:torch.Tensor # (K + 1, N, C, H, W)
 
-# %% ../nbs/31_isa.ipynb #2cf0ce9b
+# %% ../nbs/31_isa.ipynb #1ef8514e
 def isa(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -219,18 +220,21 @@ def isa(
     norm:int=1, # 1 or 2
     interpreter:str|Callable="cam", # see map_source
     bisections:int=10, # tries of each search
+    first_weight:float=5e-5, # of the second search
+    largest_weight:float=1., # its upper end
     steps:int=10, # of each attack
     plain:tuple=None, # what smallest_radii returned; None: look for it
 ) -> Sneaking: # K + 1 attacks
     "Interpretability sneaking attack with both its searches (Section 3, Fig. 2). ValueError for bad input."
     radii, points = plain or smallest_radii(model, images, labels, targets, n=n, bisections=bisections, steps=steps)
-    network, found = fold(model, frozen=True), []
+    network, found, count = fold(model, frozen=True), [], check_sneak(model, images, labels, targets, n)
+    with torch.no_grad(), evaluation_mode(network): benign = map_source(network, interpreter)(images, class_set(classes, labels, targets, count))[1]
     for multiple in multiples:
         eps = multiple * torch.where(radii.isinf(), 1., radii)
         def attack(weights):
-            points = sneak(network, images, labels, targets, eps=eps, weight=weights, n=n, classes=classes, norm=norm, interpreter=interpreter, steps=steps)
+            points = sneak(network, images, labels, targets, eps=eps, weight=weights, n=n, classes=classes, norm=norm, interpreter=interpreter, steps=steps, benign=benign)
             with torch.no_grad(), evaluation_mode(network): return points, target_margin(network(points), targets) < 0
-        found.append(largest_weights(attack, images, bisections=bisections))
+        found.append(largest_weights(attack, images, first=first_weight, largest=largest_weight, bisections=bisections))
     weights = torch.stack([weights for weights, _ in found]) if found else images.new_zeros(0, len(images))
     return Sneaking(radii, weights, torch.stack([points] + [points for _, points in found]))
 

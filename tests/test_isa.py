@@ -145,6 +145,31 @@ def test_the_largest_weights_against_a_loop():
         assert len(calls) == tries + 1, "all images are tried at once"
 
 
+def test_the_benign_maps_are_made_once(setting):
+    "And the attacks are those that make them anew."
+    network, x, y, t = setting
+    asked = []
+
+    def show(model, images, target, differentiable=False):
+        asked.append(torch.equal(images, x))
+        return SHORT_IG(model, images, target, differentiable=differentiable)
+
+    settings = dict(n=N, interpreter=show)
+    searched = smallest_radii(network, x, y, t, n=N, bisections=2, steps=2)
+    found = isa(network, x, y, t, multiples=(1.5, 2.0), bisections=2, steps=2, plain=searched, **settings)
+    attacks, classes = 2 * (2 + 1), 2  # at each multiple: the bisections, and one of weight 0 where none succeeded
+    assert sum(asked) <= (1 + attacks) * classes, "once by itself, and once in the first step of each attack"
+    eps = 2 * torch.where(searched[0].isinf(), 1.0, searched[0])
+    assert close(found.attacked[-1], sneak(network, x, y, t, eps=eps, weight=found.weights[-1], steps=2, **settings))
+
+
+def test_the_range_of_weights_is_the_callers(setting):
+    network, x, y, t = setting
+    settings = dict(n=N, multiples=(2.0,), bisections=3, steps=3)
+    low, high = (isa(network, x, y, t, first_weight=first, largest_weight=largest, **settings).weights for first, largest in ((1e-6, 3e-6), (1e-3, 1.0)))
+    assert (low <= 3e-6).all() and high.max() > 3e-6
+
+
 def test_isa_reports_attacks_that_succeed_with_the_smallest_radius(setting):
     network, x, y, t = setting
     radii, points = smallest_radii(network, x, y, t, n=N)
