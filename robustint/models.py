@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'same_padding', 'phase_kernels', 'interleave_phases', 'StridedConvolution', 'convolve_same',
-           'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model', 'mean_map', 'Folded', 'fold', 'evaluation_mode']
+           'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model', 'spread_weights', 'mean_map', 'Folded', 'fold',
+           'evaluation_mode']
 
 # %% ../nbs/11_models.ipynb #c5dbff7c
 import contextlib
@@ -185,18 +186,26 @@ def make_model(
         raise ValueError(f"no architecture is called {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture](channels, classes, generator=generator)
 
-# %% ../nbs/11_models.ipynb #55312a35
+# %% ../nbs/11_models.ipynb #60e3b78e
+def spread_weights(
+    weights:torch.Tensor, # one number for each class and position, (N, C, h, w)
+    kernel:torch.Tensor, # folded kernel, (C, K, k, k)
+) -> torch.Tensor: # (N, K, h, w): its inner product with an activation is the weighted sum of the convolved maps
+    "The SAME convolution, transposed."
+    height, width = weights.shape[2:]
+    (top, _), (left, _) = (same_padding(n, kernel.shape[-1], 1) for n in (height, width))
+    return F.conv_transpose2d(weights, kernel)[:, :, top:top + height, left:left + width]
+
+# %% ../nbs/11_models.ipynb #1e7b0fca
 def mean_map(
     kernel:torch.Tensor, # folded kernel, (C, K, k, k)
     size:tuple, # height and width of the map
 ) -> torch.Tensor: # (C, K, h, w): its inner product with an activation is the mean of the convolved map
     "The linear form `activation -> mean over positions of the SAME convolution`."
-    (top, bottom), (left, right) = (same_padding(n, kernel.shape[-1], 1) for n in size)
-    ones = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None].expand(-1, -1, *size)
-    spread = F.conv_transpose2d(ones / math.prod(size), kernel)
-    return spread[:, :, top:top + size[0], left:left + size[1]]
+    one_class = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None]
+    return spread_weights(one_class.expand(-1, -1, *size) / math.prod(size), kernel)
 
-# %% ../nbs/11_models.ipynb #aa919cf4
+# %% ../nbs/11_models.ipynb #3a7421e1
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -230,6 +239,12 @@ class Folded(nn.Module):
         return cams.mean((2, 3)), cams
 
     def cams(self, images): return self.logits_and_cams(images)[1]
+
+    def weigh_cams(self, weights):
+        "For weights (N, C, h, w): the function images (N, ...) -> sum of weights times maps, (N,), without the 1/u of eq. 1."
+        forms = [spread_weights(weights, k) for k in self.constant("kernels", self.kernels)]
+        constant = weights.sum((2, 3)) @ self.constant("bias", self.bias)
+        return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(self.model.trunk(images), forms)) + constant
 
     def forward(self, images):
         activations = self.model.trunk(images)
