@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'ATTACKS', 'Box', 'CappedL2', 'CappedL1', 'gabor_kernels', 'flatten_noise', 'Gabor', 'draw_streaks', 'soften',
-           'place_streaks', 'Flakes', 'Snow', 'grow_landscape', 'Fog', 'Coefficients', 'move_coefficients',
-           'Unforeseen', 'check_unforeseen', 'unforeseen']
+           'place_streaks', 'Flakes', 'FreeFlakes', 'Snow', 'grow_landscape', 'Fog', 'Coefficients',
+           'move_coefficients', 'Unforeseen', 'check_unforeseen', 'unforeseen']
 
-# %% ../nbs/33_unforeseen.ipynb #e749181b
+# %% ../nbs/33_unforeseen.ipynb #7ff1500f
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -207,18 +208,35 @@ class Flakes:
         noise = torch.rand(centre.shape, generator=generator, device=centre.device, dtype=centre.dtype)
         return self.projection(centre)(torch.exp(-noise / self.budget))
 
-# %% ../nbs/33_unforeseen.ipynb #0181b4f1
+# %% ../nbs/33_unforeseen.ipynb #94683522
+class FreeFlakes(Flakes):
+    "Flakes that are brought back before each step, and so not after the last one, as in the published code."
+
+    def projection(self, centre):
+        "Nothing to do after a step."
+        return lambda points: points
+
+    def random_start(self, centre, generator=None):
+        "Few strong flakes and many weak: exp(-u / budget)."
+        return torch.exp(-torch.rand(centre.shape, generator=generator, device=centre.device, dtype=centre.dtype) / self.budget)
+
+    def step(self, points, gradient, size):
+        "A sign step from where the flakes should be; below zero the fourth power falls, so the sign is turned."
+        inside = Flakes.projection(self, points)(points)
+        return inside + size * (gradient * points.sign()).sign()
+
+# %% ../nbs/33_unforeseen.ipynb #96d5a359
 class Snow:
     "Snow on images in [0,1], eps in the same unit: the corruption, its variables and their ball."
 
-    def __init__(self, images, eps, generator=None, *, discolour=0.25):
+    def __init__(self, images, eps, generator=None, *, discolour=0.25, ball=Flakes):
         n, channels, h, w = images.shape
         weights = images.new_tensor([0.2126, 0.7152, 0.0722] if channels == 3 else [1.])
         grey = torch.einsum("c,nchw->nhw", weights, images)[:, None]
         self.pale = (1 - discolour) * images + discolour * torch.maximum(images, 1.5 * grey + 0.5)
         streaks = soften(draw_streaks(n, generator=generator, device=images.device, dtype=images.dtype), generator)
         self.streaks, self.brightness = place_streaks(streaks).flatten(0, 1)[:, None], eps * UNITS["Snow"]
-        self.centre, self.ball = images.new_zeros(n, 7, -(-h // 4), -(-w // 4)), Flakes()
+        self.centre, self.ball = images.new_zeros(n, 7, -(-h // 4), -(-w // 4)), ball()
 
     def __call__(self, flakes):
         n, _, h, w = self.pale.shape
@@ -289,7 +307,7 @@ class Unforeseen:
     budget: float # of Table 2, for MNIST and CIFAR-10
     unit: str # of the budget
 
-# %% ../nbs/33_unforeseen.ipynb #d326e036
+# %% ../nbs/33_unforeseen.ipynb #a7c1c144
 ATTACKS = {
     "gabor":     Unforeseen("Gabor", Gabor, 400., "levels of 0..255"),
     "snow":      Unforeseen("Snow", Snow, 2., "brightness in [0,1]"),
@@ -297,6 +315,7 @@ ATTACKS = {
     "jpeg_l2":   Unforeseen("JPEG-l2", move_coefficients(CappedL2), 8., "half steps of DCT coefficients, l2 norm"),
     "jpeg_l1":   Unforeseen("JPEG-l1", move_coefficients(CappedL1), 256., "half steps of DCT coefficients, l1 norm"),
     "fog":       Unforeseen("Fog", Fog, 2048., "levels of 0..255"), # not in the printed table
+    "snow_free": Unforeseen("Snow, last step free", partial(Snow, ball=FreeFlakes), 2., "brightness in [0,1]"), # the printed table's
 }
 
 # %% ../nbs/33_unforeseen.ipynb #3611021d
@@ -316,12 +335,12 @@ def check_unforeseen(
         raise ValueError(f"{attack} takes grey or colour images, 1 or 3 channels; got {images.shape[1]}: choose gabor or fog")
     return eps
 
-# %% ../nbs/33_unforeseen.ipynb #3b1f51fa
+# %% ../nbs/33_unforeseen.ipynb #38848cbd
 def unforeseen(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits
     images:torch.Tensor, # (N, C, H, W) in [0,1], grey or colour
     labels:torch.Tensor, # true classes, or the wanted ones if targeted, (N,) integers
-    attack:str, # a key of ATTACKS: gabor, snow, jpeg_linf, jpeg_l2, jpeg_l1, fog
+    attack:str, # a key of ATTACKS: gabor, snow, jpeg_linf, jpeg_l2, jpeg_l1, fog, snow_free
     *,
     eps:float=None, # budget in the attack's own unit; None: that of Table 2
     steps:int=200, # Table 2: 200
