@@ -246,7 +246,7 @@ def _leave_word(
         os.replace(temporary, file)
     except OSError: pass # a bar is never worth a failed run
 
-# %% ../nbs/00_core.ipynb #046ada74
+# %% ../nbs/00_core.ipynb #3219de45
 class track:
     "Iterate with a progress bar on the terminal, and a word in $ROBUSTINT_PROGRESS for whoever started this run."
     _depth = 0 # loops being tracked now; only the outermost leaves word
@@ -257,10 +257,11 @@ class track:
         total:int|None=None, # number of items; None: len(iterable) where it has one
         label:str="", # what is going on, for the bar
         unit:str="it", # what one item is called
+        initial:int=0, # items done before, where a run is taken up again
     ):
-        self.label, self.file, self.done, self.postfix, self.told = label, os.environ.get("ROBUSTINT_PROGRESS"), 0, {}, 0.0
+        self.label, self.file, self.done, self.postfix, self.told = label, os.environ.get("ROBUSTINT_PROGRESS"), initial, {}, 0.0
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-        self.bar = tqdm(iterable, total=self.total, desc=label or None, unit=unit, disable=None, leave=False)
+        self.bar = tqdm(iterable, total=self.total, initial=initial, desc=label or None, unit=unit, disable=None, leave=False)
 
     def __len__(self): return self.total
 

@@ -9,10 +9,12 @@ import yaml
 from conftest import one_line
 from torch import nn
 
-from robustint import atta
-from robustint.atta import PerturbedSet, atta_loss, borrowed_chance, draw_views, scaled_step, train_atta, view_places
+from robustint import training
+from robustint.atta import LOSSES, Adversarial, Natural, PerturbedSet, Trades, draw_views, scaled_step, train_atta, view_places
 from robustint.core import make_generator
 from robustint.data import load_dataset
+from robustint.pgd import Linf
+from robustint.training import find_perturbed
 from robustint.zoo import load_tensors
 
 SETTINGS = dict(epochs=4, batch_size=24, learning_rate=[[0, 0.05], [3, 0.01]], eps=0.2, inner_step_size=0.05, padding=2, flip=True, reset_every=2, weight_decay=2e-4)
@@ -71,27 +73,67 @@ def test_views_are_crops_and_mirrored_crops():
 
 def test_what_leaves_the_view_waits_in_the_frame():
     "A perturbation seen through one crop is found again through another, shifted and mirrored, where both saw."
-    stored = PerturbedSet(torch.full((1, 1, 6, 6), 0.5), padding=2, flip=True)
-    stored.perturbed, index, chance = stored.frames.clone(), torch.tensor([0]), make_generator(0)
-    marked = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
+    stored, index = PerturbedSet(torch.full((1, 1, 6, 6), 0.5), 0, padding=2, flip=True), torch.tensor([0])
+    stored.kept, marked = {"perturbed": stored.frames.clone()}, torch.zeros(1, 1, 10, 10, dtype=torch.bool)
     for _ in range(20):
-        images, points, places = stored.take(index, chance)
-        assert torch.equal(points != images, marked[places])
+        images, place = stored.take(index)
+        points = stored.start(place, images, Linf(1.))
+        assert torch.equal(points != images, marked[place[1]])
         points[0, 0, 1, 2] = 0.9
-        stored.keep(index, places, points)
-        rows, columns = places[2].flatten(), places[3].flatten()
+        assert stored.keep(place, images, points)["moved"] == pytest.approx((points - images).abs().mean().item())
+        rows, columns = place[1][2].flatten(), place[1][3].flatten()
         marked[0, 0, rows[1], columns[2]] = True
 
 
 def test_a_reset_is_the_images_and_a_little_noise():
     images = torch.rand(50, 3, 8, 8, generator=make_generator(0))
-    stored, chance = PerturbedSet(images, padding=4), make_generator(1)
-    stored.reset(chance)
-    noise = stored.perturbed - F.pad(images, (4,) * 4, value=0.5)
-    assert abs(noise.std() - 0.001) < 5e-5 and noise.abs().max() < 0.01 and stored.perturbed.min() >= 0 and stored.perturbed.max() <= 1
-    first = stored.perturbed
-    stored.reset(chance)
-    assert not torch.equal(first, stored.perturbed)
+    stored = PerturbedSet(images, 0, padding=4)
+    stored.reset()
+    first = stored.kept["perturbed"]
+    noise = first - F.pad(images, (4,) * 4, value=0.5)
+    assert abs(noise.std() - 0.001) < 5e-5 and noise.abs().max() < 0.01 and first.min() >= 0 and first.max() <= 1
+    stored.reset()
+    assert not torch.equal(first, stored.kept["perturbed"])
+
+
+def test_the_set_is_forgotten_at_its_epochs_and_made_anew_when_asked_for():
+    for every, forgotten in ((0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4])):
+        stored, index, found = PerturbedSet(torch.rand(3, 1, 6, 6, generator=make_generator(0)), 0, reset_every=every), torch.arange(3), []
+        for epoch in range(5):
+            stored.kept = {"perturbed": stored.frames}
+            stored.begin(epoch)
+            if not stored.kept:
+                found.append(epoch)
+            images, place = stored.take(index)
+            assert (stored.start(place, images, Linf(0.1)) == images).all() == bool(epoch not in found) and stored.kept
+        assert found == forgotten
+
+
+def test_a_start_lies_in_the_ball_of_the_clean_crop():
+    images, index = torch.rand(4, 1, 6, 6, generator=make_generator(0)), torch.arange(4)
+    stored = PerturbedSet(images, 0)
+    stored.kept = {"perturbed": 1 - images}
+    assert (stored.start(stored.take(index)[1], images, Linf(0.05)) - images).abs().max() <= 0.05 + 1e-6
+
+
+def test_a_source_without_a_climb_stores_nothing():
+    stored, index = PerturbedSet(torch.rand(4, 1, 6, 6, generator=make_generator(0)), 0, reset_every=1), torch.arange(4)
+    stored.begin(0)
+    images, place = stored.take(index)
+    assert stored.keep(place, images, images) == {"moved": 0} and not stored.kept
+
+
+def test_visits_add_up_to_one_long_climb():
+    "Against a network that stays as it is, five visits of a step end where one visit of five steps does."
+    net, images, labels, ends = Net().eval(), torch.rand(6, 1, 28, 28, generator=make_generator(0)), torch.arange(6), []
+    for visits in (1, 5):
+        stored = PerturbedSet(images, 0)
+        for _ in range(visits):
+            x, place = stored.take(torch.arange(6))
+            end = find_perturbed(net, x, labels, Trades(), eps=0.1, steps=5 // visits, step_size=0.04, start=lambda ball: stored.start(place, x, ball))
+            stored.keep(place, x, end)
+        ends.append(end)
+    assert torch.equal(*ends) and 0.09 < (ends[0] - images).abs().max() <= 0.1 + 1e-6
 
 
 # --- losses --------------------------------------------------------------------------------------------------------------
@@ -102,25 +144,18 @@ def test_losses_are_the_papers():
     z = (x + 0.2 * torch.rand(x.shape, generator=chance)).clamp(0, 1)
     before, after = net(x).softmax(1), net(z).softmax(1)
     batch = F.cross_entropy(net(x), y) + 6 / 6 * nn.KLDivLoss(reduction="sum")(after.log(), before)  # CE + beta KL / batch
-    torch.testing.assert_close(atta_loss(net, x, z, y).mean(), batch)
-    torch.testing.assert_close(atta_loss(net, x, z, y, loss="adv"), F.cross_entropy(net(z), y, reduction="none"))
-    torch.testing.assert_close(atta_loss(net, x, None, y, loss="normal"), F.cross_entropy(net(x), y, reduction="none"))
-    torch.testing.assert_close(atta_loss(net, x, z, y, beta=0.), F.cross_entropy(net(x), y, reduction="none"))
+    torch.testing.assert_close(Trades().loss(net, x, z, y).mean(), batch)
+    torch.testing.assert_close(Adversarial().loss(net, x, z, y), F.cross_entropy(net(z), y, reduction="none"))
+    torch.testing.assert_close(Natural().loss(net, x, None, y), F.cross_entropy(net(x), y, reduction="none"))
+    torch.testing.assert_close(Trades(beta=0.).loss(net, x, z, y), F.cross_entropy(net(x), y, reduction="none"))
+    assert Natural().climb(net, x, y) is None and list(LOSSES) == ["normal", "adv", "trades"]
+    for method in (Adversarial(), Trades()):
+        torch.testing.assert_close(method.climb(net, x, y)(z), F.cross_entropy(net(z), y, reduction="none"))
 
 
 def test_the_step_of_a_shortened_run():
     assert scaled_step(60) == pytest.approx(0.01) and scaled_step(10) * 10 == pytest.approx(0.6)
     assert scaled_step(10, 4) * 40 == pytest.approx(0.6) and scaled_step(5, reach=0.1) == pytest.approx(0.02)
-
-
-def test_borrowed_chance_is_given_back():
-    before = torch.get_rng_state()
-    draws = []
-    for seed in (0, 0, 1):
-        with pytest.raises(KeyError), borrowed_chance(make_generator(seed)):
-            draws.append(torch.rand(5))
-            raise KeyError
-    assert torch.equal(before, torch.get_rng_state()) and torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------------
@@ -129,7 +164,7 @@ def test_perturbations_are_kept_and_grow_a_step_an_epoch(digits, tmp_path):
     state, log, far = tmp_path / "state", [], []
     for epochs in (1, 2, 3, 4):
         log = train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | dict(epochs=epochs, padding=0, flip=False, reset_every=0))
-        kept = load_tensors(state)[0]["perturbed"]
+        kept = load_tensors(state)[0]["source.perturbed"]
         assert (kept - digits.images).abs().max() <= 0.2 + 1e-6 and kept.min() >= 0 and kept.max() <= 1
         far.append((kept - digits.images).abs().max().item())
     assert far == pytest.approx([0.05, 0.1, 0.15, 0.2], abs=0.006)  # the noise of the start comes on top
@@ -140,7 +175,7 @@ def test_perturbations_are_kept_and_grow_a_step_an_epoch(digits, tmp_path):
 def test_atta_k_takes_k_steps(digits, tmp_path):
     still = SETTINGS | dict(epochs=1, padding=0, flip=False, inner_steps=3, inner_step_size=0.02)
     train_atta(Net(), digits.images, digits.labels, state=tmp_path / "state", **still)
-    kept = load_tensors(tmp_path / "state")[0]["perturbed"]
+    kept = load_tensors(tmp_path / "state")[0]["source.perturbed"]
     assert 0.05 < (kept - digits.images).abs().max() <= 0.06 + 0.006
 
 
@@ -169,7 +204,7 @@ def test_seeds_and_the_callers_chance(digits):
 @pytest.mark.parametrize("loss, stop", [("trades", 1), ("trades", 3), ("trades", 7), ("adv", 6), ("normal", 5)])
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(loss, stop, digits, tmp_path, monkeypatch):
     settings, state = SETTINGS | {"loss": loss}, tmp_path / "state"
-    unbroken, real, steps = Net(), atta._take_step, []
+    unbroken, real, steps = Net(), training._take_step, []
     expected = train_atta(unbroken, digits.images, digits.labels, **settings)
 
     def stopping(*arguments):
@@ -179,9 +214,9 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(loss, stop, digits, t
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(atta, "_take_step", stopping)
+        patch.setattr(training, "_take_step", stopping)
         train_atta(Net(), digits.images, digits.labels, state=state, save_every=0, **settings)
-    assert ("perturbed" in load_tensors(state)[0]) == (loss != "normal")
+    assert ("source.perturbed" in load_tensors(state)[0]) == (loss != "normal")
     again = Net()
     log = train_atta(again, digits.images, digits.labels, state=state, **settings)
     assert same(unbroken, again) and [e["loss"] for e in log] == [e["loss"] for e in expected]
@@ -202,6 +237,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp
     with pytest.raises(ValueError, match="other settings") as error:
         train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | {"eps": 0.1})
     one_line(error)
+    for change in (dict(momentum=0.5), dict(weight_decay=0.), dict(beta=1.), dict(loss="adv"), dict(padding=1), dict(flip=False), dict(reset_every=3), dict(learning_rate=[[0, 0.05]])):
+        with pytest.raises(ValueError, match="other settings"):
+            train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | change)
     assert state.read_bytes() == before
 
 

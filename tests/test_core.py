@@ -1,5 +1,6 @@
 """Seeds, devices, paths, files that are whole or not at all, records, progress."""
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -278,6 +279,17 @@ def test_progress_is_left_for_the_caller(tmp_path, monkeypatch):
         list(core.track(range(3), label="inner"))
     assert json.loads(file.read_text()) == {"label": "attack", "done": 5, "total": 5, "postfix": {"loss": "0.1235", "step": "4"}}
     assert os.listdir(tmp_path) == ["progress.json"]
+
+
+def test_progress_of_a_resumed_run_begins_where_it_stood(tmp_path, monkeypatch):
+    file = tmp_path / "progress.json"
+    monkeypatch.setenv("ROBUSTINT_PROGRESS", str(file))
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    words = [json.loads(file.read_text())["done"] for _ in core.track(range(70, 73), total=100, initial=70, label="resumed")]
+    assert words[0] == 70 and json.loads(file.read_text()) == {"label": "resumed", "done": 73, "total": 100, "postfix": {}}
+    assert "70/100" in terminal.getvalue() and "0/100" not in terminal.getvalue().replace("70/100", "")
 
 
 def test_progress_never_fails_a_run(tmp_path, monkeypatch):

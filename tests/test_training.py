@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from robustint import training
 from robustint.attributions import integrated_gradients
 from robustint.core import make_generator
 from robustint.data import load_dataset
@@ -19,7 +21,7 @@ from robustint.discrepancy import soft_discrepancy
 from robustint.interpreters import cams
 from robustint.models import fold, make_model
 from robustint.objectives import METHODS, Pair, attribution_norm, make_method
-from robustint.training import find_perturbed, piecewise, ramp, train
+from robustint.training import RandomStarts, borrowed_chance, find_perturbed, piecewise, ramp, train
 from robustint.zoo import load_tensors
 
 SETTINGS = dict(epochs=2, batch_size=20, learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=2, inner_step_size=0.05)
@@ -134,27 +136,178 @@ def test_another_seed_gives_another_network(digits):
     assert not all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[2].parameters()))
 
 
-@pytest.mark.parametrize("stop", [1, 7, 10, 13])
-def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_path, monkeypatch):
-    from robustint import training
+def stop_at(step, call):
+    "Run a training that is killed before its step of that number."
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real, steps = training._take_step, []
 
+        def stopping(*arguments):
+            steps.append(0)
+            if len(steps) > step:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        patch.setattr(training, "_take_step", stopping)
+        call()
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 13])
+def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_path):
     unbroken, broken, state = fresh(), fresh(), tmp_path / "state.safetensors"
     expected = train(unbroken, digits.images, digits.labels, make_method("int"), **SETTINGS)
-    real, steps = training._take_step, []
-
-    def stopping(*arguments):
-        steps.append(0)
-        if len(steps) > stop:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "_take_step", stopping)
-        train(broken, digits.images, digits.labels, make_method("int"), state=state, save_every=0, **SETTINGS)
+    stop_at(stop, lambda: train(broken, digits.images, digits.labels, make_method("int"), state=state, save_every=0, **SETTINGS))
     broken = fresh()
     log = train(broken, digits.images, digits.labels, make_method("int"), state=state, **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), broken.parameters()))
     assert [e["loss"] for e in log] == [e["loss"] for e in expected]
+
+
+# --- what a loop may be given --------------------------------------------------------------------------------------------
+
+class Hard(nn.Module):
+    "What makes a resume hard: dropout, and normalisation over the batch."
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
+
+    def forward(self, images):
+        return self.body(images)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, momentum=0.9, nesterov=True)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"optimiser": sgd, "drop_last": False}], ids=["adam", "sgd and a partial batch"])
+@pytest.mark.parametrize("stop", [1, 9, 13])
+def test_dropout_belongs_to_the_run(options, stop, digits, tmp_path):
+    "The caller draws in between, and the network drops what it would have dropped."
+    given = (digits.images[:190], digits.labels[:190], make_method("adv"))
+    unbroken, resumed, state, before = Hard(), Hard(), tmp_path / "state.safetensors", torch.get_rng_state()
+    expected = train(unbroken, *given, **SETTINGS, **options)
+    assert torch.equal(before, torch.get_rng_state())
+    stop_at(stop, lambda: train(Hard(), *given, state=state, save_every=0, **SETTINGS, **options))
+    torch.rand(7)
+    log = train(resumed, *given, state=state, **SETTINGS, **options)
+    assert same(unbroken, resumed) and [e["loss"] for e in log] == [e["loss"] for e in expected]
+
+
+def test_borrowed_chance_is_given_back():
+    before = torch.get_rng_state()
+    draws = []
+    for seed in (0, 0, 1):
+        with pytest.raises(KeyError), borrowed_chance(make_generator(seed)):
+            draws.append(torch.rand(5))
+            raise KeyError
+    assert torch.equal(before, torch.get_rng_state()) and torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("drop_last, steps, images", [(True, 3, 180), (False, 4, 200)])
+def test_the_last_batch_is_left_out_or_taken(drop_last, steps, images, digits):
+    seen = []
+
+    class Counting(RandomStarts):
+        def take(self, index):
+            seen.extend(index.tolist())
+            return super().take(index)
+
+    log = train(fresh(), digits.images, digits.labels, make_method("normal"), source=Counting, drop_last=drop_last, **SETTINGS | {"batch_size": 60, "epochs": 1})
+    assert log[-1]["step"] == steps and len(seen) == len(set(seen)) == images
+
+
+def test_a_partial_batch_counts_by_its_share(digits):
+    "At a rate of almost nothing the mean over batches is the mean over images."
+    network, still = fresh(), SETTINGS | {"batch_size": 60, "epochs": 1, "learning_rate": [[0, 1e-12]]}
+    log = train(network, digits.images, digits.labels, make_method("normal"), drop_last=False, **still)
+    assert log[0]["loss"] == pytest.approx(F.cross_entropy(fresh()(digits.images), digits.labels).item(), rel=1e-5)
+
+
+def test_a_batch_may_be_larger_than_the_set_where_partial_ones_are_taken(digits):
+    assert train(fresh(), digits.images, digits.labels, make_method("normal"), drop_last=False, **SETTINGS | {"batch_size": 500})[-1]["step"] == 2
+
+
+def test_the_loop_asks_its_source_and_keeps_what_it_holds(digits, tmp_path):
+    """A source that remembers the mean of each image's last climb: it is asked in order, its numbers are in the log, its tensors in the state."""
+    asked = []
+
+    class Remembering(RandomStarts):
+        def __init__(self, images, seed):
+            super().__init__(images, seed)
+            self.kept, self.settings = {"means": torch.zeros(len(images))}, {"source": "remembering"}
+
+        def begin(self, epoch):
+            asked.append(("begin", epoch))
+
+        def take(self, index):
+            asked.append("take")
+            return self.images[index], index
+
+        def start(self, place, images, ball):
+            asked.append(("start", ball.eps))
+            return images
+
+        def keep(self, place, images, perturbed):
+            asked.append("keep")
+            assert torch.equal(images, self.images[place]) and (perturbed - images).abs().max() <= 0.1 + 1e-6
+            self.kept["means"][place] = perturbed.mean((1, 2, 3))
+            return {"brightness": perturbed.mean().item()}
+
+    settings, state = SETTINGS | {"batch_size": 100, "eps_ramp": (1, 2)}, tmp_path / "state"
+    log = train(fresh(), digits.images, digits.labels, make_method("adv"), source=Remembering, state=state, **settings)
+    assert asked == [("begin", 0), "take", "keep", "take", "keep", ("begin", 1), "take", ("start", 0.1), "keep", "take", ("start", 0.1), "keep"]
+    means = load_tensors(state)[0]["source.means"]
+    assert log[-1]["brightness"] == pytest.approx(means.mean().item(), rel=1e-5) and set(log[0]) == {"epoch", "step", "eps", "learning_rate", "loss", "brightness", "seconds"}
+    with pytest.raises(ValueError, match="other settings"):
+        train(fresh(), digits.images, digits.labels, make_method("adv"), state=state, **settings)
+
+
+def test_random_starts_are_the_sources_own(digits):
+    "Zero steps of attack leave the start: the loop's first batch is attacked at a point drawn from the seed alone."
+    reached = []
+
+    class Looking(RandomStarts):
+        def keep(self, place, images, perturbed):
+            reached.append((images, perturbed))
+            return {}
+
+    train(fresh(), digits.images, digits.labels, make_method("adv"), source=Looking, **SETTINGS | {"inner_steps": 0, "eps_ramp": (0, 0), "epochs": 1}, seed=3)
+    images, perturbed = reached[0]
+    noise = torch.rand(images.shape, generator=make_generator(4))
+    assert torch.equal(perturbed, (images + 0.1 * (2 * noise - 1)).clamp(0, 1))
+
+
+def test_what_decides_the_numbers_is_in_the_fingerprint(digits, tmp_path):
+    "Another optimiser, another rule for the last batch, other maps: each is another run. The usual ones are not named, so that older states stay good."
+    known = set()
+    changes = [{}, {"optimiser": torch.optim.Adam}, {"optimiser": sgd}, {"optimiser": lambda p: torch.optim.SGD(p, momentum=0.5)},
+               {"optimiser": lambda p: torch.optim.Adam(p, betas=(0.5, 0.9))}, {"drop_last": False}, {"seed": 1}]
+    for i, change in enumerate(changes):
+        train(fresh(), digits.images, digits.labels, make_method("normal"), state=tmp_path / str(i), **SETTINGS | {"epochs": 1, "batch_size": 200, "eps_ramp": (0, 0)} | change)
+        known.add(load_tensors(tmp_path / str(i))[1]["fingerprint"])
+    assert len(known) == len(changes) - 1 and "0751b662382d9f17" in known  # Adam by name is the default; the number was written down before the loop had a source
+    assert training._describe_method(make_method("int")) != training._describe_method(make_method("int_ig"))
+
+
+def test_a_resumed_bar_begins_where_the_run_stood(digits, tmp_path, monkeypatch):
+    state, told = tmp_path / "state", tmp_path / "progress.json"
+    stop_at(13, lambda: train(fresh(), digits.images, digits.labels, make_method("normal"), state=state, save_every=0, **SETTINGS))
+    monkeypatch.setenv("ROBUSTINT_PROGRESS", str(told))
+    real, words = training._take_step, []
+
+    def looking(*arguments):
+        words.append(json.loads(told.read_text())["done"])
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "_take_step", looking)
+    train(fresh(), digits.images, digits.labels, make_method("normal"), state=state, **SETTINGS)
+    assert words[0] == 13 and len(words) == 7 and json.loads(told.read_text())["done"] == 20
 
 
 def test_more_epochs_go_on_from_a_finished_run(digits, tmp_path):
@@ -187,7 +340,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp
 BAD = [
     (dict(images=lambda x: x * 255), "divide by 255"), (dict(labels=lambda y: y + 10), "below 10"), (dict(labels=lambda y: y.double()), "whole numbers"),
     (dict(images=lambda x: x.expand(-1, 3, -1, -1)), "3 channels"), (dict(batch_size=500), "batch_size"), (dict(eps="8"), "8/255"),
-    (dict(epochs=-1), "epochs"), (dict(learning_rate=[[0, -1.0]]), "learning_rate"), (dict(learning_rate=[]), "learning_rate"), (dict(seed=-1), "seed"),
+    (dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs must be a whole number"), (dict(inner_steps=-1), "inner_steps"), (dict(batch_size=0), "batch_size must be a whole number"), (dict(learning_rate=[[0, -1.0]]), "learning_rate"), (dict(learning_rate=[]), "learning_rate"), (dict(seed=-1), "seed"),
 ]
 
 
