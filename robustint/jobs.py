@@ -172,7 +172,7 @@ def papermill_line(
 # %% ../nbs/80_jobs.ipynb #5d2f9b78
 PLACES = ("records", "networks", "runs", "figures", "data", "device") # parameters that say where, not what
 
-# %% ../nbs/80_jobs.ipynb #da2a4af7
+# %% ../nbs/80_jobs.ipynb #1d93db0a
 def is_done(
     job:Job, # a job whose first output is its record
 ) -> bool: # True when nothing needs to be run
@@ -182,8 +182,10 @@ def is_done(
     except (FileNotFoundError, ValueError): return False
     made = record["parameters"]
     if any(made[name] != value for name, value in job.parameters.items() if name in made and name not in PLACES): return False
-    files = [root/name for name in job.inputs + job.outputs if name.endswith(".safetensors") and (root/name).is_file()]
-    return all(sha256(file) == record["metrics"].get("network_sha256") for file in files)
+    networks = lambda names: [root/name for name in names if name.endswith(".safetensors") and (root/name).is_file()]
+    same = lambda files, key: all(sha256(file) == record["metrics"].get(key) for file in files)
+    trains = any(name.endswith(".safetensors") for name in job.outputs)
+    return same(networks(job.outputs), "network_sha256") and same(networks(job.inputs), "start_sha256" if trains else "network_sha256")
 
 # %% ../nbs/80_jobs.ipynb #debe1060
 def remaining(

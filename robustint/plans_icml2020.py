@@ -30,7 +30,7 @@ def _attacks(
         jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 
-# %% ../nbs/83_plans_icml2020.ipynb #b130f0dc
+# %% ../nbs/83_plans_icml2020.ipynb #0d6fcc8b
 def _training(
     params:dict, # the params file
     network:dict, # dataset, architecture, method, seed
@@ -43,7 +43,9 @@ def _training(
     settings = params["training"][network["dataset"]][chosen["schedule"]] | chosen.get("changes", {})
     label = chosen.get("label", "full" if chosen["schedule"] == "paper" else "")
     name = training_id(network["dataset"], network["architecture"], network["method"], settings["eps"], network["seed"], label)
-    return make_job(name, "run_train", change_parameters("run_train", network | settings | {"scale": scale, "label": label, "record_id": name}, changes), where)
+    first = training_id(network["dataset"], network["architecture"], network["method"], settings["eps"], network["seed"]) if settings.get("start_from") else None
+    named = network | settings | {"scale": scale, "label": label, "record_id": name} | ({"start_from": first} if first else {})
+    return make_job(name, "run_train", change_parameters("run_train", named, changes), where, first)
 
 # %% ../nbs/83_plans_icml2020.ipynb #b5fa1d09
 def _trained(
