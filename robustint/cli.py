@@ -246,7 +246,7 @@ def parse_change(
     if not equals or not name: raise ValueError(f"-p takes NAME=VALUE; got {text!r}: write for example -p steps=20")
     return name, yaml.safe_load(value)
 
-# %% ../nbs/91_cli.ipynb #5df2c5c5
+# %% ../nbs/91_cli.ipynb #4895004b
 def make_parser() -> argparse.ArgumentParser:
     "The words of the command line."
     parser = argparse.ArgumentParser("robustint", description="Two papers on robustness and explanations, reproduced.",
@@ -256,7 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("reproduce", help="make a table, a figure or a report, running what is missing")
     one.add_argument("target", help="a name from robustint list")
     one.add_argument("--scale", help="smoke, quick, short or paper; default: the target's own")
-    one.add_argument("--weights", action="append", help="released or trained networks; may be given twice; default: released")
+    one.add_argument("--weights", action="append", help="released or trained networks; may be given twice; default: released, or trained where there are no others")
     one.add_argument("--dataset", action="append", help="only this data set; may be given more than once")
     one.add_argument("--method", action="append", help="only this method; may be given more than once")
     one.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="change a parameter of the runs; their results stay apart, in data/runs/changed")
@@ -267,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--root", help="the data root; default: $ROBUSTINT_DATA, else data/raw")
     return parser
 
-# %% ../nbs/91_cli.ipynb #f768847e
+# %% ../nbs/91_cli.ipynb #45ae4bd4
 def main(
     words:list[str]|None=None, # None: those of the command line
 ) -> int: # exit code
@@ -278,7 +278,7 @@ def main(
         if asked.command == "list": return show_targets()
         if asked.command == "fetch": return fetch_data(asked.name, asked.root)
         if asked.jobs < 1: raise ValueError(f"-j must be 1 or more; got {asked.jobs}")
-        jobs, report = plan(asked.target, scale=asked.scale, weights=asked.weights or ["released"], datasets=asked.dataset,
+        jobs, report = plan(asked.target, scale=asked.scale, weights=asked.weights, datasets=asked.dataset,
                             methods=asked.method, changes=dict(parse_change(text) for text in asked.parameter))
         if asked.dry_run: return show_plan(jobs, report)
     except (ValueError, FileNotFoundError, yaml.YAMLError) as error:

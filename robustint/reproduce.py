@@ -43,12 +43,12 @@ TARGETS = {
     ("icml2020_appendix_h", plan_blocks, "Appendix H (Table A7): the network with max pooling"),
 )}
 
-# %% ../nbs/90_reproduce.ipynb #802bbdbc
+# %% ../nbs/90_reproduce.ipynb #9a5ce110
 def plan(
     target:str, # a key of TARGETS
     *,
     scale:str|None=None, # "smoke", "quick", "short", "paper"; None: the target's own
-    weights:list[str]=("released",), # which networks: "released", "trained"
+    weights:list[str]|None=None, # which networks: "released", "trained"; None: the released ones, or ours where the target has no others
     datasets:list[str]|None=None, # None: all
     methods:list[str]|None=None, # None: all
     changes:dict|None=None, # parameters changed on the command line
@@ -60,7 +60,8 @@ def plan(
         choices = TARGETS[target].scales if name == "scale" else known.get(name, ["released", "trained"])
         for value in values or []:
             if value not in choices: raise ValueError(f"no {name} of {target} is called {value!r}: {nearest(value, choices)}")
-    jobs = TARGETS[target].jobs(scale, list(weights), datasets, methods, changes)
+    kinds = [list(weights)] if weights else [["released"], ["trained"]]
+    jobs = next(filter(None, (TARGETS[target].jobs(scale, kind, datasets, methods, changes) for kind in kinds)), [])
     if not jobs: raise ValueError(f"{target} has no run at scale {scale} for what was asked: robustint list shows what there is")
     every = {name: None for job in jobs for name in notebook_parameters(job.notebook)}
     for name, value in changes.items():

@@ -62,7 +62,7 @@ def test_the_paper_schedule_is_the_papers(dataset, expected):
 def test_the_short_schedule_trains_four_methods_with_three_seeds():
     jobs, _ = plan("icml2020_table1", scale="short", weights=["trained"])
     trained = {job.name: job.parameters for job in jobs if job.notebook == "run_train"}
-    assert set(trained) == {f"mnist-small-{m}-eps0.3-s{s}" for m in ("normal", "adv", "int", "int2") for s in (0, 1, 2)} | {"mnist-small-int-eps0.3-gamma_paper-s0"}
+    assert set(trained) == {f"mnist-small-{m}-eps0.3-{label}s{s}" for m in ("normal", "adv", "int", "int2") for label in ("", "decay-") for s in (0, 1, 2)} | {"mnist-small-int-eps0.3-gamma_paper-s0"}
     literal, code = trained["mnist-small-int-eps0.3-gamma_paper-s0"], trained["mnist-small-int-eps0.3-s0"]
     assert {name for name in code if code[name] != literal[name]} == {"normalisation", "label", "record_id"}
     steps = code["epochs"] * (55000 // code["batch_size"])
@@ -71,12 +71,12 @@ def test_the_short_schedule_trains_four_methods_with_three_seeds():
 
 def test_an_attack_on_a_trained_network_waits_for_its_training():
     for target, scale in EVERYTHING:
-        jobs, report = plan(target, scale=scale, weights=["trained"])
+        jobs, report = plan(target, scale=scale, weights=["released", "trained"])
         made = {}
         for job in jobs:
             assert set(job.inputs) <= set(made), "a job stands before the one that makes its input"
             if job.inputs:
-                assert made[job.inputs[0]] == job.parameters["train_id"]
+                assert made[job.inputs[0]] == job.parameters["start_from" if job.notebook == "run_train" else "train_id"]
             made |= {file: job.name for file in job.outputs}
         assert report.outputs == () and report.log.endswith(f"{report.name}.ipynb")
 
@@ -161,11 +161,11 @@ def test_a_line_survives_words_that_shells_and_papermill_read_otherwise():
 
 def pretend(job, root, network=b"", **changes):
     "Write what a job would have written."
-    metrics = {}
+    metrics, trains = {}, len(job.outputs) > 1
     for file in [name for name in job.outputs + job.inputs if name.endswith(".safetensors")]:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(network)
-        metrics = {"network_sha256": sha256(root / file)}
+        metrics["start_sha256" if trains and file in job.inputs else "network_sha256"] = sha256(root / file)
     record = make_record(job.name, notebook=job.notebook, parameters=job.parameters | changes, seed=0, n=1, seconds=0, device="cpu", metrics=metrics)
     write_record(record, (root / job.outputs[0]).parent)
 
@@ -187,6 +187,17 @@ def test_a_new_network_asks_for_new_attacks(empty_project):
         pretend(job, empty_project)
     pretend(train, empty_project, network=b"trained again")
     assert remaining(jobs) == [attack, look]
+
+
+def test_a_training_that_begins_with_another_network_follows_it(empty_project):
+    jobs = plan("icml2020_table1", scale="short", weights=["trained"], datasets=["mnist"], methods=["int2"])[0]
+    first, second = (next(job for job in jobs if job.name == f"mnist-small-int2-eps0.3-{label}s1") for label in ("", "decay-"))
+    assert second.parameters["start_from"] == first.name and second.inputs == first.outputs[1:] and second.parameters["epochs"] == 1
+    pretend(first, empty_project)
+    pretend(second, empty_project)
+    assert is_done(first) and is_done(second)
+    pretend(first, empty_project, network=b"trained again")
+    assert is_done(first) and not is_done(second)
 
 
 def test_a_record_does_not_ask_for_the_network_it_came_from(empty_project):
