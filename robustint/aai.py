@@ -6,7 +6,7 @@
 __all__ = ['draw_targets', 'protocol_targets', 'protocol_draws', 'check_aai', 'climb', 'topk_objective', 'topk_attack',
            'discrepancy_attack', 'map_stability']
 
-# %% ../nbs/32_aai.ipynb #1968ef8a
+# %% ../nbs/32_aai.ipynb #8d8ca73d
 from collections.abc import Callable
 
 import numpy
@@ -17,7 +17,7 @@ from .checks import check_eps, check_images, check_labels, check_logits, parse_f
 from .data import Dataset
 from .discrepancy import kendall_tau, topk_overlap
 from .isa import class_set, map_distance, map_source
-from .models import evaluation_mode, fold
+from .models import evaluation_mode, fold, weigh_cams
 from .pgd import Linf, ascend
 
 # %% ../nbs/32_aai.ipynb #b019f499
@@ -93,7 +93,7 @@ def climb(
     first = ball.random_start(images, generator) if start is None else ball.projection(images)(images + start)
     return ascend(objective, images, ball, steps=steps, step_size=parse_fraction(step_size, "step_size"), start=first)
 
-# %% ../nbs/32_aai.ipynb #38ddb87d
+# %% ../nbs/32_aai.ipynb #820584e7
 def topk_objective(
     network:nn.Module, # classifier with logits as output, weights frozen
     images:torch.Tensor, # benign images, (N, C, H, W) in [0,1]
@@ -111,7 +111,7 @@ def topk_objective(
     if interpreter != "cam": return lambda points: -flat(points).gather(1, top).sum(1)
     weights = benign.new_zeros(len(images), logits.shape[1], positions)
     weights[torch.arange(len(images)), labels] = torch.zeros_like(weights[:, 0]).scatter(1, top, -1.)
-    return network.weigh_cams(weights.unflatten(2, benign.shape[2:]))
+    return weigh_cams(network, weights.unflatten(2, benign.shape[2:]))
 
 # %% ../nbs/32_aai.ipynb #465787a9
 def topk_attack(

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'same_padding', 'phase_kernels', 'interleave_phases', 'StridedConvolution', 'convolve_same',
-           'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model', 'spread_weights', 'mean_map', 'Folded', 'fold',
-           'evaluation_mode']
+           'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model', 'spread_weights', 'mean_map', 'Folded', 'weigh_cams',
+           'fold', 'evaluation_mode']
 
-# %% ../nbs/11_models.ipynb #c5dbff7c
+# %% ../nbs/11_models.ipynb #77c3c7af
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,7 @@ def mean_map(
     one_class = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None]
     return spread_weights(one_class.expand(-1, -1, *size) / math.prod(size), kernel)
 
-# %% ../nbs/11_models.ipynb #3a7421e1
+# %% ../nbs/11_models.ipynb #aa919cf4
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -240,17 +241,21 @@ class Folded(nn.Module):
 
     def cams(self, images): return self.logits_and_cams(images)[1]
 
-    def weigh_cams(self, weights):
-        "For weights (N, C, h, w): the function images (N, ...) -> sum of weights times maps, (N,), without the 1/u of eq. 1."
-        forms = [spread_weights(weights, k) for k in self.constant("kernels", self.kernels)]
-        constant = weights.sum((2, 3)) @ self.constant("bias", self.bias)
-        return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(self.model.trunk(images), forms)) + constant
-
     def forward(self, images):
         activations = self.model.trunk(images)
         size = tuple(activations[0].shape[2:])
         means = self.constant(size, lambda: [mean_map(k, size).flatten(1).T for k in self.constant("kernels", self.kernels)])
         return sum(a.flatten(1) @ m for a, m in zip(activations, means)) + self.constant("bias", self.bias)
+
+# %% ../nbs/11_models.ipynb #b9256593
+def weigh_cams(
+    network:Folded, # a folded network
+    weights:torch.Tensor, # one number for each image, class and position, (N, C, h, w)
+) -> Callable: # images (N, C, H, W) -> (N,)
+    "The weighted sum of the maps of all classes, without the 1/u of eq. 1, as a function of the images."
+    forms = [spread_weights(weights, kernel) for kernel in network.constant("kernels", network.kernels)]
+    constant = weights.sum((2, 3)) @ network.constant("bias", network.bias)
+    return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(network.model.trunk(images), forms)) + constant
 
 # %% ../nbs/11_models.ipynb #98cf6c72
 def fold(
