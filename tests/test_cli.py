@@ -219,7 +219,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(project):
     wait_for(lambda: asked(project))
     family = group_of(psutil.Process(process.pid))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 130 and "To go on: robustint reproduce quick --scale smoke" in err and "Traceback" not in err
     gone, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive]
