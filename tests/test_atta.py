@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import one_line
+from networks import Hard
 from torch import nn
 
 from robustint import training
@@ -23,19 +24,6 @@ SETTINGS = dict(epochs=4, batch_size=24, learning_rate=[[0, 0.05], [3, 0.01]], e
 @pytest.fixture(scope="module")
 def digits():
     return load_dataset("digits").subset(range(60))  # 24 + 24 + 12: the last batch is partial
-
-
-class Net(nn.Module):
-    "Small, with what makes a resume hard: dropout, and normalisation over the batch."
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
-
-    def forward(self, images):
-        return self.body(images)
 
 
 def same(a, b):
@@ -125,7 +113,7 @@ def test_a_source_without_a_climb_stores_nothing():
 
 def test_visits_add_up_to_one_long_climb():
     "Against a network that stays as it is, five visits of a step end where one visit of five steps does."
-    net, images, labels, ends = Net().eval(), torch.rand(6, 1, 28, 28, generator=make_generator(0)), torch.arange(6), []
+    net, images, labels, ends = Hard().eval(), torch.rand(6, 1, 28, 28, generator=make_generator(0)), torch.arange(6), []
     for visits in (1, 5):
         stored = PerturbedSet(images, 0)
         for _ in range(visits):
@@ -139,7 +127,7 @@ def test_visits_add_up_to_one_long_climb():
 # --- losses --------------------------------------------------------------------------------------------------------------
 
 def test_losses_are_the_papers():
-    net, chance = Net().eval(), make_generator(0)
+    net, chance = Hard().eval(), make_generator(0)
     x, y = torch.rand(6, 1, 28, 28, generator=chance), torch.arange(6)
     z = (x + 0.2 * torch.rand(x.shape, generator=chance)).clamp(0, 1)
     before, after = net(x).softmax(1), net(z).softmax(1)
@@ -163,7 +151,7 @@ def test_the_step_of_a_shortened_run():
 def test_perturbations_are_kept_and_grow_a_step_an_epoch(digits, tmp_path):
     state, log, far = tmp_path / "state", [], []
     for epochs in (1, 2, 3, 4):
-        log = train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | dict(epochs=epochs, padding=0, flip=False, reset_every=0))
+        log = train_atta(Hard(), digits.images, digits.labels, state=state, **SETTINGS | dict(epochs=epochs, padding=0, flip=False, reset_every=0))
         kept = load_tensors(state)[0]["source.perturbed"]
         assert (kept - digits.images).abs().max() <= 0.2 + 1e-6 and kept.min() >= 0 and kept.max() <= 1
         far.append((kept - digits.images).abs().max().item())
@@ -174,29 +162,29 @@ def test_perturbations_are_kept_and_grow_a_step_an_epoch(digits, tmp_path):
 
 def test_atta_k_takes_k_steps(digits, tmp_path):
     still = SETTINGS | dict(epochs=1, padding=0, flip=False, inner_steps=3, inner_step_size=0.02)
-    train_atta(Net(), digits.images, digits.labels, state=tmp_path / "state", **still)
+    train_atta(Hard(), digits.images, digits.labels, state=tmp_path / "state", **still)
     kept = load_tensors(tmp_path / "state")[0]["source.perturbed"]
     assert 0.05 < (kept - digits.images).abs().max() <= 0.06 + 0.006
 
 
 def test_a_reset_forgets(digits):
-    moved = [e["moved"] for e in train_atta(Net(), digits.images, digits.labels, **SETTINGS)]
+    moved = [e["moved"] for e in train_atta(Hard(), digits.images, digits.labels, **SETTINGS)]
     assert moved[1] > moved[0] and moved[2] < moved[1] and moved[3] > moved[2]
 
 
 @pytest.mark.parametrize("loss", ["normal", "adv", "trades"])
 def test_every_loss_trains(loss, digits):
-    net, settings = Net(), SETTINGS | dict(padding=0, flip=False, epochs=8)
+    net, settings = Hard(), SETTINGS | dict(padding=0, flip=False, epochs=8)
     log = train_atta(net, digits.images, digits.labels, loss=loss, **settings)
     assert log[-1]["loss"] < log[0]["loss"] and all(math.isfinite(e["loss"]) for e in log)
     assert all(e["moved"] == 0 for e in log) == (loss == "normal")
-    assert all(parameter.grad is None for parameter in net.parameters()) and not same(net, Net())
+    assert all(parameter.grad is None for parameter in net.parameters()) and not same(net, Hard())
 
 
 def test_seeds_and_the_callers_chance(digits):
     nets, before = [], torch.get_rng_state()
     for seed in (0, 0, 1):
-        nets.append(Net())
+        nets.append(Hard())
         train_atta(nets[-1], digits.images, digits.labels, seed=seed, **SETTINGS | {"epochs": 1})
     assert same(nets[0], nets[1]) and not same(nets[0], nets[2]) and torch.equal(before, torch.get_rng_state())
 
@@ -204,7 +192,7 @@ def test_seeds_and_the_callers_chance(digits):
 @pytest.mark.parametrize("loss, stop", [("trades", 1), ("trades", 3), ("trades", 7), ("adv", 6), ("normal", 5)])
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(loss, stop, digits, tmp_path, monkeypatch):
     settings, state = SETTINGS | {"loss": loss}, tmp_path / "state"
-    unbroken, real, steps = Net(), training._take_step, []
+    unbroken, real, steps = Hard(), training._take_step, []
     expected = train_atta(unbroken, digits.images, digits.labels, **settings)
 
     def stopping(*arguments):
@@ -215,9 +203,9 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(loss, stop, digits, t
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "_take_step", stopping)
-        train_atta(Net(), digits.images, digits.labels, state=state, save_every=0, **settings)
+        train_atta(Hard(), digits.images, digits.labels, state=state, save_every=0, **settings)
     assert ("source.perturbed" in load_tensors(state)[0]) == (loss != "normal")
-    again = Net()
+    again = Hard()
     log = train_atta(again, digits.images, digits.labels, state=state, **settings)
     assert same(unbroken, again) and [e["loss"] for e in log] == [e["loss"] for e in expected]
     assert [e["moved"] for e in log] == [e["moved"] for e in expected]
@@ -225,21 +213,21 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(loss, stop, digits, t
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp_path):
     state = tmp_path / "state"
-    train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | {"epochs": 1})
+    train_atta(Hard(), digits.images, digits.labels, state=state, **SETTINGS | {"epochs": 1})
     before = state.read_bytes()
 
-    class Exploding(Net):
+    class Exploding(Hard):
         def forward(self, images):
             return super().forward(images) * (math.inf if self.training else 1)
 
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         train_atta(Exploding(), digits.images, digits.labels, state=state, **SETTINGS)
     with pytest.raises(ValueError, match="other settings") as error:
-        train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | {"eps": 0.1})
+        train_atta(Hard(), digits.images, digits.labels, state=state, **SETTINGS | {"eps": 0.1})
     one_line(error)
     for change in (dict(momentum=0.5), dict(weight_decay=0.), dict(beta=1.), dict(loss="adv"), dict(padding=1), dict(flip=False), dict(reset_every=3), dict(learning_rate=[[0, 0.05]])):
         with pytest.raises(ValueError, match="other settings"):
-            train_atta(Net(), digits.images, digits.labels, state=state, **SETTINGS | change)
+            train_atta(Hard(), digits.images, digits.labels, state=state, **SETTINGS | change)
     assert state.read_bytes() == before
 
 
@@ -256,10 +244,10 @@ def test_bad_input_is_refused_before_the_first_step(change, message, digits):
     good = dict(images=digits.images, labels=digits.labels, **SETTINGS)
     for name, value in change.items():
         good[name] = value(good[name]) if callable(value) else value
-    net = Net()
+    net = Hard()
     with pytest.raises(ValueError) as error:
         train_atta(net, good.pop("images"), good.pop("labels"), **good)
-    assert message in one_line(error) and same(net, Net())
+    assert message in one_line(error) and same(net, Hard())
 
 
 # --- the experiment ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from networks import Hard
 
 from robustint import training
 from robustint.attributions import integrated_gradients
@@ -163,19 +163,6 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_pat
 
 
 # --- what a loop may be given --------------------------------------------------------------------------------------------
-
-class Hard(nn.Module):
-    "What makes a resume hard: dropout, and normalisation over the batch."
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
-
-    def forward(self, images):
-        return self.body(images)
-
 
 def sgd(parameters):
     return torch.optim.SGD(parameters, momentum=0.9, nesterov=True)
