@@ -129,7 +129,7 @@ def scaled_step(
     if epochs < 1 or inner_steps < 1: raise ValueError(f"epochs and inner_steps must be 1 or more; got {epochs} and {inner_steps}")
     return reach / (epochs * inner_steps)
 
-# %% ../nbs/42_atta.ipynb #a0f025c9
+# %% ../nbs/42_atta.ipynb #46225660
 def train_atta(
     model:nn.Module, # network to be trained in place: images in [0,1] -> logits
     images:torch.Tensor, # training images, (N, C, H, W) in [0,1]; moved to the model's device once
@@ -153,6 +153,7 @@ def train_atta(
     save_every:float=None, # also save after so many seconds
     evaluate:Callable=None, # model -> dict of numbers, called after each epoch
     label:str="atta", # name on the progress bar
+    precision:str="float32", # of convolutions and products: float32 or bfloat16
 ) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, moved, seconds, and what evaluate returned
     "Train a network by ATTA (Zheng et al. 2020). Resumes exactly: on a CPU a killed and resumed run ends with the same bits."
     if loss not in LOSSES: raise ValueError(f"no loss is called {loss!r}: choose one of {', '.join(LOSSES)}")
@@ -163,4 +164,4 @@ def train_atta(
     steps = math.ceil(len(images) / batch_size) # of an epoch
     return train(model, images, labels, Trades(beta) if loss == "trades" else LOSSES[loss](), epochs=epochs, batch_size=batch_size, learning_rate=[[epoch * steps, rate] for epoch, rate in learning_rate],
                  eps=eps, eps_ramp=(0, 0), inner_steps=inner_steps, inner_step_size=inner_step_size, seed=seed, state=state, save_every=save_every, evaluate=evaluate, label=label,
-                 optimiser=partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay), source=partial(PerturbedSet, padding=padding, flip=flip, reset_every=reset_every), drop_last=False)
+                 optimiser=partial(torch.optim.SGD, momentum=momentum, weight_decay=weight_decay), source=partial(PerturbedSet, padding=padding, flip=flip, reset_every=reset_every), drop_last=False, precision=precision)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['paired_interval', 'vulnerabilities', 'over_seeds', 'layer_hits', 'read_images', 'within_class_distance',
-           'sanity_rows', 'changed_pooling_indices', 'misclassification_matrix', 'show_matrix', 'diagnose']
+           'sanity_rows', 'changed_pooling_indices', 'misclassification_matrix', 'show_matrix', 'drift_rows',
+           'diagnose']
 
 # %% ../nbs/62_diagnosis.ipynb #87d7e12f
 import torch
@@ -190,7 +191,24 @@ def show_matrix(
     figure.colorbar(drawn, ax=ax, shrink=0.8, label="% of the wrong answers")
     return add_caption(figure, caption) if caption else figure
 
-# %% ../nbs/62_diagnosis.ipynb #7850575c
+# %% ../nbs/62_diagnosis.ipynb #b88d1e86
+def drift_rows(
+    read:dict, # layer -> the class its explanations are read as, (N,)
+    labels:torch.Tensor, # true classes, (N,)
+    answers:torch.Tensor, # classes the network gives the attacked images, (N,)
+) -> list: # one dict a layer: layer, n, as_true, as_wrong, as_other, the first two with low and high
+    "Over the images that are misclassified: how far their explanations have gone to the wrong class. Shares with Wilson intervals."
+    fooled, rows = answers != labels, []
+    for layer, classes in read.items():
+        row = {"layer": layer, "n": int(fooled.sum())}
+        for name, target in ("as_true", labels), ("as_wrong", answers):
+            hits = int((classes[fooled] == target[fooled]).sum())
+            low, high = wilson_interval(hits, row["n"]) if row["n"] else (0., 1.)
+            row |= {name: hits / max(row["n"], 1), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row | {"as_other": 1 - row["as_true"] - row["as_wrong"] if row["n"] else 0.})
+    return rows
+
+# %% ../nbs/62_diagnosis.ipynb #564ad49d
 def diagnose(
     model:nn.Module, # the classifier
     explainers:dict, # Explainer by title, in the order of the layers
@@ -200,13 +218,16 @@ def diagnose(
     *,
     classes:int, # number of classes
     independent:nn.Module|None=None, # a classifier trained from another seed
-) -> dict: # clean_accuracy, robust_accuracy, layers, sanity, misclassified and, with max pooling, pooling_changed
+) -> dict: # clean_accuracy, robust_accuracy, layers, drift, sanity, misclassified; with an independent reader independent_layers, with max pooling pooling_changed
     "Eq. 5 with its sanity rows, Figure 7 and the pooling indices. ValueError for bad input."
     if natural.shape != adversarial.shape: raise ValueError(f"natural and adversarial must have one shape; got {tuple(natural.shape)} and {tuple(adversarial.shape)}")
-    answers = read_images(model, adversarial)
+    check_labels(labels, len(natural), classes)
+    answers, shown = read_images(model, adversarial), explain_layers(model, adversarial, explainers)
+    read = {layer: read_images(model, pictures) for layer, pictures in shown.items()}
     found = {"clean_accuracy": (read_images(model, natural) == labels).double().mean().item(), "robust_accuracy": (answers == labels).double().mean().item(),
-             "layers": vulnerabilities(layer_hits(model, explainers, adversarial, labels)),
+             "layers": vulnerabilities({layer: classes == labels for layer, classes in read.items()}), "drift": drift_rows(read, labels, answers),
              "sanity": sanity_rows(model, explainers, natural, labels, independent=independent),
              "misclassified": misclassification_matrix(labels, answers, classes)[0].tolist()}
+    if independent is not None: found["independent_layers"] = vulnerabilities({layer: read_images(independent, pictures) == labels for layer, pictures in shown.items()})
     if not any(isinstance(module, nn.MaxPool2d) for module in model.modules()): return found
     return found | {"pooling_changed": {name: share.mean().item() for name, share in changed_pooling_indices(model, natural, adversarial).items()}}

@@ -70,7 +70,7 @@ class StridedConvolution(torch.autograd.Function):
             at_bias = grad.sum((0, 2, 3))
         return at_x, at_weight, at_bias, None
 
-# %% ../nbs/11_models.ipynb #3fa04160
+# %% ../nbs/11_models.ipynb #48c68b65
 def convolve_same(
     x:torch.Tensor, # activations, (N, C, H, W)
     weight:torch.Tensor, # kernel, (O, C, k, k)
@@ -83,6 +83,7 @@ def convolve_same(
     if top == bottom == left == right:
         kernel = weight.shape[-1]
         phases = stride == 2 and kernel % 2 == 0 and x.device.type == "cpu" and (x.shape[2] | x.shape[3]) % 2 == 0
+        phases = phases and not torch.is_autocast_enabled("cpu") # which casts inside a function, but not between its two passes
         if phases: return StridedConvolution.apply(x, weight, bias, top)
         return F.conv2d(x, weight, bias, stride=stride, padding=top)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride)

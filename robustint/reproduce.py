@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../nbs/90_reproduce.ipynb #60a2e796
+# %% ../nbs/90_reproduce.ipynb #aa51c3c3
 from .jobs import Job, known_values, nearest, notebook_parameters
 from .plans import make_job, places, read_params # a report takes the last two from here, with plan
 from .plans_icml2020 import plan_blocks, plan_quick, plan_table1, plan_together
+from .plans_interpretgan import plan_diagnosis, plan_pooling
 
 # %% ../nbs/90_reproduce.ipynb #9f1c0cd1
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #ac8d99a5
+# %% ../nbs/90_reproduce.ipynb #914996e2
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", plan_quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", plan_table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
@@ -41,6 +42,15 @@ TARGETS = {
     ("icml2020_appendix_f", plan_blocks, "Appendix F: what gamma and eps of the training do; and Int with integrated gradients"),
     ("icml2020_appendix_g", plan_blocks, "Appendix G (Table A3): accuracy under PGD of 1, 10, 100 and 200 steps"),
     ("icml2020_appendix_h", plan_blocks, "Appendix H (Table A7): the network with max pooling"),
+)} | {name: Target(title, partial(planner, section), name, ("short", "paper", "smoke"), True) for name, section, planner, title in (
+    ("interpretgan_table1", "interpretgan_table1", plan_diagnosis, "Table 1: which layers an attack breaks, of a natural and of a robust network"),
+    ("interpretgan_table2", "interpretgan_table2", plan_pooling, "Table 2: max against average pooling on MNIST"),
+    ("interpretgan_table3", "interpretgan_table3", plan_pooling, "Table 3: max against average pooling on CIFAR-10"),
+    ("interpretgan_fig3", "interpretgan_fig3", plan_diagnosis, "Fig. 3 and 5: explanations of natural and attacked images beside five baselines"),
+    ("interpretgan_fig6", "interpretgan_table1", plan_diagnosis, "Fig. 6: the network with its vulnerable layers"),
+    ("interpretgan_fig7", "interpretgan_table1", plan_diagnosis, "Fig. 7: which class an attacked digit is read as"),
+    ("interpretgan_fig8", "interpretgan_table1", plan_diagnosis, "Fig. 8 to 11: more explanations, of both networks"),
+    ("interpretgan_ablation", "interpretgan_ablation", plan_diagnosis, "What the interpretability term does: without it, and plain inversion"),
 )}
 
 # %% ../nbs/90_reproduce.ipynb #9a5ce110
