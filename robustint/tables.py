@@ -61,9 +61,9 @@ def find_done(
     count = lambda some, line: sum(command_for(target, job) == line for job in some)
     return found, [f"{count(missing, line)} of {count(jobs, line)} runs are missing: {line}" for line in lines]
 
-# %% ../nbs/81_tables.ipynb #c5ae541d
-DATASETS = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "restricted_imagenet": "R-ImageNet"}
-MODELS = {"small": "Small", "pool": "Pool", "wresnet": "WResnet"}
+# %% ../nbs/81_tables.ipynb #50ff8074
+DATASETS = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "restricted_imagenet": "R-ImageNet", "celeba": "CelebA"}
+MODELS = {"small": "Small", "pool": "Pool", "wresnet": "WResnet", "smallcnn": "SmallCNN", "vgg16": "VGG16", "wrn": "WRN"}
 
 # %% ../nbs/81_tables.ipynb #391efd24
 def list_cells(
