@@ -9,7 +9,7 @@ __all__ = ['plan_table1', 'plan_quick', 'plan_blocks', 'plan_together']
 from .jobs import Job, attack_id, nearest, training_id, training_label
 from .plans import change_parameters, make_job, places, read_params
 
-# %% ../nbs/83_plans_icml2020.ipynb #90af4372
+# %% ../nbs/83_plans_icml2020.ipynb #2b0ff7d2
 def _attacks(
     table:dict, # a table of the params file
     scale:str, # "smoke", "quick", "short" or "paper"
@@ -22,9 +22,10 @@ def _attacks(
     settings = table["datasets"][dataset]
     attack = table["attack"] | table["scales"][scale]
     if "batch_size" in settings: attack = attack | {"batch_size": settings["batch_size"]}
-    jobs, groups = [], [[eps] for eps in settings["eps"]] if settings["one_run_per_eps"] else [settings["eps"]]
+    sample = settings.get("sample", {}) if scale == "short" else {}
+    jobs, groups = [], [[eps] for eps in settings["eps"]] if settings["one_run_per_eps"] and not sample else [settings["eps"]]
     for group in groups:
-        named = {"dataset": dataset, **network, "eps": group, **attack, "scale": scale}
+        named = {"dataset": dataset, **network, "eps": group, **attack, **sample, "scale": scale}
         parameters = change_parameters("run_pgd", named, changes)
         name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group, training_label(network.get("train_id")))
         jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
@@ -69,7 +70,7 @@ def _trained(
                 jobs += [training] + _attacks(table, scale, dataset, network | {"weights": "trained", "train_id": training.name}, where, changes)
     return jobs
 
-# %% ../nbs/83_plans_icml2020.ipynb #91469b9d
+# %% ../nbs/83_plans_icml2020.ipynb #6c8a8b6f
 def plan_table1(
     scale:str, # "smoke", "quick", "short" or "paper"
     weights:list[str], # "released", "trained" or both
@@ -85,7 +86,7 @@ def plan_table1(
         settings = table["datasets"].get(dataset)
         if settings is None: raise ValueError(f"Table 1 has no data set {dataset!r}: {nearest(dataset, table['datasets'])}")
         named = [(a, m) for a in settings["architectures"] for m in settings["methods"] if not methods or m in methods]
-        as_paper = "paper" if scale == "short" else scale # the released networks know no schedule of ours
+        as_paper = "paper" if scale == "short" and "sample" not in settings else scale # the released networks know no schedule of ours
         for architecture, method in named if "released" in weights else []:
             jobs += _attacks(table, as_paper, dataset, {"architecture": architecture, "method": method, "weights": "released"}, where, changes)
         for chosen in params["trained"][scale].get(dataset, []) if "trained" in weights else []:
