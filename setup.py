@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 requirements = {name: settings[name].split() for name in settings if name.endswith("requirements")}
-run, dev, peers = (requirements[f"{name}_requirements"] for name in ("run", "dev", "peers"))
+run, dev, cluster, peers = (requirements[f"{name}_requirements"] for name in ("run", "dev", "cluster", "peers"))
 readme = here / "README.md"
 
 setup(
@@ -26,6 +26,6 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
     install_requires=requirements["requirements"],
-    extras_require={"run": run, "dev": dev + run, "peers": peers},
+    extras_require={"run": run, "dev": dev + run, "cluster": cluster, "peers": peers},
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

@@ -67,15 +67,17 @@ class Bars:
     def close(self):
         for bar in [*self.bars.values(), self.whole]: bar.close()
 
-# %% ../nbs/91_cli.ipynb #aa660bf4
+# %% ../nbs/91_cli.ipynb #3a47adb5
 def snakemake_command(
     plan_file:Path, # the jobs, as JSON
     cores:int, # how many jobs of one thread run side by side
+    profile:str|None=None, # a folder with Snakemake's settings, see profiles/; it then says where and how many run side by side
 ) -> list[str]: # the words of the command
     "The call of Snakemake."
+    place = ["--profile", str(profile)] if profile else ["--cores", str(cores), "--resources", "gpu=1"]
     snakefile = Path(robustint.__file__).resolve().parent.parent/"workflow"/"Snakefile"
-    return [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(project_root()), "--cores", str(cores),
-            "--config", f"plan={plan_file}", "--resources", "gpu=1", "--forceall", "--rerun-triggers", "mtime", "--rerun-incomplete",
+    return [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(project_root()), *place,
+            "--config", f"plan={plan_file}", "--forceall", "--rerun-triggers", "mtime", "--rerun-incomplete",
             "--keep-going", "--nolock", "--quiet", "all"]
 
 # %% ../nbs/91_cli.ipynb #7cf0a9e0
@@ -134,17 +136,18 @@ def watch_process(
             bars.close()
     return bars.ended
 
-# %% ../nbs/91_cli.ipynb #6f8d1792
+# %% ../nbs/91_cli.ipynb #160f8156
 def run_jobs(
     jobs:list[Job], # to be run
     cores:int, # how many side by side
     title:str, # of the bar
+    profile:str|None=None, # Snakemake's settings; None: this machine
 ) -> list[str]: # what failed, one line each; empty when all is done
     "Hand jobs to Snakemake and wait for them."
     marks = project_root()/"data"/"runs"/f".marks-{os.getpid()}-{time.time_ns() // 10**6}"
     marks.mkdir(parents=True)
     (marks/"plan.json").write_text(json.dumps([describe_job(job, marks) for job in jobs]))
-    ended = watch_process(snakemake_command(marks/"plan.json", cores), jobs, marks, title)
+    ended = watch_process(snakemake_command(marks/"plan.json", cores, profile), jobs, marks, title)
     return explain(jobs, ended, marks)
 
 # %% ../nbs/91_cli.ipynb #e16fa27e
@@ -203,7 +206,7 @@ def show_plan(
     print(f"# {len(jobs) - len(todo)} of {len(jobs)} runs are done; these lines, run in this order in the project's folder, do the rest", file=sys.stderr)
     return 0
 
-# %% ../nbs/91_cli.ipynb #25c393c7
+# %% ../nbs/91_cli.ipynb #b1da6d92
 def reproduce(
     jobs:list[Job], # all that a target needs
     report:Job, # its report
@@ -211,12 +214,13 @@ def reproduce(
     cores:int, # how many runs side by side
     partial:bool, # whether the report is made where something failed
     again:str, # the command to go on with
+    profile:str|None=None, # Snakemake's settings; None: this machine
 ) -> int: # exit code: 0, 1 or 130
     "Run what is not done, then the report; say what was written or what failed."
     todo, begun = remaining(jobs), time.time()
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already", file=sys.stderr)
     try:
-        lines = run_jobs(todo, cores, report.name) if todo else []
+        lines = run_jobs(todo, cores, report.name, profile) if todo else []
         if partial or not lines: lines += run_report(report)
     except KeyboardInterrupt:
         print(f"stopped; what is done is kept. To go on: {again}", file=sys.stderr)
@@ -272,7 +276,7 @@ def show_costs(
     for line in describe_plan(todo, price(todo, folder), workers): print(line)
     return 0
 
-# %% ../nbs/91_cli.ipynb #ede60059
+# %% ../nbs/91_cli.ipynb #01f83d5e
 def make_parser() -> argparse.ArgumentParser:
     "The words of the command line."
     parser = argparse.ArgumentParser("robustint", description="Two papers on robustness and explanations, reproduced.",
@@ -282,6 +286,7 @@ def make_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("reproduce", help="make a table, a figure or a report, running what is missing")
     add_selection(one)
     one.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: the number of cores")
+    one.add_argument("--profile", help="a folder with Snakemake's settings for a cluster, for example profiles/slurm; default: this machine")
     one.add_argument("--dry-run", action="store_true", help="print the papermill lines and run nothing")
     costs = commands.add_parser("plan", help="how long that would take, by what earlier runs took")
     add_selection(costs)
@@ -292,7 +297,7 @@ def make_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--root", help="the data root; default: $ROBUSTINT_DATA, else data/raw")
     return parser
 
-# %% ../nbs/91_cli.ipynb #84e39b1c
+# %% ../nbs/91_cli.ipynb #1cbdda83
 def main(
     words:list[str]|None=None, # None: those of the command line
 ) -> int: # exit code
@@ -302,6 +307,8 @@ def main(
     try:
         if asked.command == "list": return show_targets()
         if asked.command == "fetch": return fetch_data(asked.name, asked.root)
+        if asked.command == "reproduce" and asked.profile and not (Path(asked.profile)/"config.yaml").is_file():
+            raise ValueError(f"no profile {asked.profile}: write a folder that holds a config.yaml, for example profiles/laptop")
         if asked.command == "reproduce" and asked.jobs < 1: raise ValueError(f"-j must be 1 or more; got {asked.jobs}")
         jobs, report = plan(asked.target, scale=asked.scale, weights=asked.weights, datasets=asked.dataset,
                             methods=asked.method, changes=dict(parse_change(text) for text in asked.parameter))
@@ -313,7 +320,7 @@ def main(
     except BrokenPipeError: # whoever read the lines has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    return reproduce(jobs, report, cores=asked.jobs, partial=TARGETS[asked.target].partial, again="robustint " + shlex.join(words))
+    return reproduce(jobs, report, cores=asked.jobs, partial=TARGETS[asked.target].partial, profile=asked.profile, again="robustint " + shlex.join(words))
 
 # %% ../nbs/91_cli.ipynb #dc89f249
 def fetch_data(

@@ -19,6 +19,7 @@ import house
 import nbformat
 import psutil
 import pytest
+import yaml
 from house import ROOT
 
 from robustint.cli import main
@@ -121,6 +122,9 @@ def asked(project):
     (["reproduce", "quick", "-p", "eps=8"], "8/255"),
     (["reproduce", "quick", "-p", "epochs=["], "robustint: "),
     (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
+    (["reproduce", "quick", "--profile", "profiles/none"], "profiles/laptop"),
+    (["plan", "quick", "-w", "0"], "1 or more"),
+    (["plan", "quik"], "did you mean quick?"),
     (["fetch", "imagenet"], "mnist")])
 def test_bad_parameters_end_with_2_before_anything_runs(words, told, project, capsys):
     assert main(words) == 2
@@ -243,6 +247,32 @@ def test_a_run_that_is_killed_ends_with_the_same_records(project):
     for path in project.rglob("records/*.json"):
         path.unlink()
     assert run(*SMOKE)[0] == 0 and records(project) == killed
+
+
+@pytest.mark.full
+def test_runs_go_through_a_batch_system(project):
+    "Each run is a job script that is submitted, as on a cluster; its record comes back."
+    submit = project / "submit.sh"
+    submit.write_text(f'echo "$1" >> {project}/submitted\n(bash "$1" > {project}/jobs.out 2>&1 &)\necho $RANDOM\n')
+    (project / "profile").mkdir()
+    (project / "profile/config.yaml").write_text(f'executor: cluster-generic\ncluster-generic-submit-cmd: "bash {submit}"\njobs: 2\nlatency-wait: 20\nseconds-between-status-checks: 1\n')
+    code, out, err = run(*INT, "--profile", str(project / "profile"))
+    assert code == 0, err
+    assert len(records(project)) == 3 == len((project / "submitted").read_text().split())
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
+def test_a_profile_names_options_that_snakemake_has(name):
+    from snakemake.cli import get_argument_parser
+    known = {word.removeprefix("--") for action in get_argument_parser()._actions for word in action.option_strings}
+    chosen = yaml.safe_load((ROOT / f"profiles/{name}/config.yaml").read_text())
+    assert set(chosen) <= known | {"cluster-generic-submit-cmd"}, sorted(set(chosen) - known)
+
+
+def test_a_plan_names_every_run_and_when_the_last_one_ends(project, capsys):
+    assert main(["plan", "quick", "--scale", "smoke", "-w", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "digits-small-int-eps0.15-s0" in lines[3] and "6 runs" in lines[6] and "on 2 workers" in lines[7] and "longest chain" in lines[8]
 
 
 @pytest.mark.full
