@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['IN_PLACE', 'RELUS', 'PLACES', 'INTERPRETERS', 'prepare', 'ReplacedReLU', 'input_gradient', 'gradient', 'GuidedReLU',
            'guided_backprop', 'split_points', 'mean_gradient', 'smoothgrad', 'integrated_gradients', 'class_maps',
-           'WithIntegratedGradients']
+           'WithIntegratedGradients', 'baseline_maps', 'map_change', 'nearest_class']
 
-# %% ../nbs/22_attributions.ipynb #9bfe3e22
+# %% ../nbs/22_attributions.ipynb #bd0d2f5f
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -233,3 +234,53 @@ class WithIntegratedGradients(nn.Module):
         mean = torch.stack(slopes, 1).unflatten(0, (self.steps, len(images))).mean(0)  # (N, classes, C, H, W)
         maps, logits = (way[:, None] * mean).flatten(2, 3) * way[0].numel(), logits[-len(images):]
         return (logits, maps) if keep else (logits.detach(), maps)
+
+# %% ../nbs/22_attributions.ipynb #d58128a5
+def baseline_maps(
+    model:nn.Module, # classifier with logits as output, each of its ReLUs a module of its own
+    images:torch.Tensor, # (N, C, H, W) in [0,1]
+    target:torch.Tensor, # the class to be explained: (N,) integers, or one integer for all
+    *,
+    window:int=4, # side of the square that occlusion blackens, in pixels
+    stride:int=2, # from one square to the next, in pixels
+    steps:int=50, # points of integrated gradients
+    batch_size:int=200, # images through the network at once
+) -> dict: # name -> maps, (N, H, W), channels summed; all signed but saliency
+    "DeepLIFT, saliency, input x gradient, integrated gradients and occlusion, by Captum. ValueError for bad input or a network without ReLU modules."
+    from captum import attr
+    network, images, target, _ = prepare(model, images, target, False)
+    if not any(isinstance(module, nn.ReLU) for module in network.modules()):
+        raise ValueError("DeepLIFT changes ReLUs by their modules and this network has none: make each of them an nn.ReLU of its own")
+    squares = dict(sliding_window_shapes=(images.shape[1], window, window), strides=(1, stride, stride), baselines=0)
+    ways = {
+        "DeepLIFT": lambda x, y: attr.DeepLift(network).attribute(x, torch.zeros_like(x), target=y),
+        "saliency": lambda x, y: attr.Saliency(network).attribute(x, target=y),
+        "input x gradient": lambda x, y: attr.InputXGradient(network).attribute(x, target=y),
+        "integrated gradients": lambda x, y: attr.IntegratedGradients(network).attribute(x, target=y, n_steps=steps, internal_batch_size=batch_size),
+        "occlusion": lambda x, y: attr.Occlusion(network).attribute(x, target=y, perturbations_per_eval=max(1, batch_size // len(x)), **squares)}
+    parts = list(zip(images.split(batch_size), target.split(batch_size)))
+    with evaluation_mode(network), warnings.catch_warnings():
+        warnings.simplefilter("ignore") # of hooks that Captum sets and takes away again
+        return {name: torch.cat([way(x.clone().requires_grad_(), y).detach().sum(1) for x, y in parts]) for name, way in ways.items()}
+
+# %% ../nbs/22_attributions.ipynb #bd713dec
+def map_change(
+    first:torch.Tensor, # maps, (N, ...)
+    second:torch.Tensor, # maps of the same shape
+) -> torch.Tensor: # (N,) in [0, 1]; NaN where a map is zero
+    "Half the l1 distance of two maps of norm 1. ValueError for different shapes."
+    if first.shape != second.shape: raise ValueError(f"maps must be of one shape; got {tuple(first.shape)} and {tuple(second.shape)}")
+    a, b = (m.flatten(1).double() / m.flatten(1).double().abs().sum(1, keepdim=True) for m in (first, second))
+    return (a - b).abs().sum(1) / 2
+
+# %% ../nbs/22_attributions.ipynb #1d9e49c2
+def nearest_class(
+    maps:torch.Tensor, # (N, ...), of any images
+    references:torch.Tensor, # (N, ...), maps of natural images; the i-th belongs to the same image as the i-th of maps, and is left out
+    classes:torch.Tensor, # of the references, (N,)
+) -> torch.Tensor: # (N,)
+    "The class of the most similar map of another image. ValueError for a different number of maps, or fewer than two."
+    if maps.shape != references.shape or len(maps) < 2: raise ValueError(f"maps and references must be as many, two or more, and of one shape; got {tuple(maps.shape)} and {tuple(references.shape)}")
+    check_labels(classes, len(maps), name="classes")
+    a, b = (F.normalize(m.flatten(1).double(), dim=1) for m in (maps, references))
+    return classes[(a @ b.T).fill_diagonal_(-2).argmax(1)]

@@ -19,9 +19,9 @@ from robustint.core import make_generator
 from robustint.data import load_dataset
 from robustint.discrepancy import soft_discrepancy
 from robustint.interpreters import cams
-from robustint.models import fold, make_model
+from robustint.models import Small, fold, make_model
 from robustint.objectives import METHODS, Pair, attribution_norm, make_method
-from robustint.training import RandomStarts, borrowed_chance, find_perturbed, piecewise, ramp, train
+from robustint.training import RandomStarts, Team, borrowed_chance, find_perturbed, piecewise, ramp, train
 from robustint.zoo import load_tensors
 
 SETTINGS = dict(epochs=2, batch_size=20, learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=2, inner_step_size=0.05)
@@ -396,3 +396,42 @@ def test_a_run_killed_twenty_times_ends_with_the_same_network_and_record(tmp_pat
     a, b = (read_record(folder / "run.json") for folder in (quiet, killed))
     assert json.dumps(a["metrics"]) == json.dumps(b["metrics"])
     assert not list(killed.glob(".*.tmp"))
+
+
+# --- several processes -------------------------------------------------------------------------------------------------
+
+def train_in_a_team(rank, size, port, folder, name):
+    "One of the processes that `accelerate launch` would start."
+    import os
+
+    from accelerate import Accelerator
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    images, labels = load_dataset("digits").images[:70], load_dataset("digits").labels[:70]
+    model = Small(1, 10, generator=make_generator(0))
+    log = train(model, images, labels, make_method(name), epochs=1, batch_size=35, learning_rate=[[0, 0.5]], eps=0.1, eps_ramp=(0, 0), inner_steps=2, inner_step_size=0.05, optimiser=torch.optim.SGD,
+                accelerator=Accelerator(cpu=True) if size > 1 else None, state=f"{folder}/{size}.state" if size > 1 else None)
+    torch.save({"weights": [p.detach() for p in model.parameters()], "loss": log[-1]["loss"]}, f"{folder}/{size}-{rank}")
+
+
+@pytest.mark.parametrize("name", ["adv", "int"])
+def test_two_processes_train_as_one(name, tmp_path):
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    train_in_a_team(0, 1, port, tmp_path, name)
+    torch.multiprocessing.spawn(train_in_a_team, args=(2, port, tmp_path, name), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{end}") for end in ("1-0", "2-0", "2-1"))
+    begun = list(Small(1, 10, generator=make_generator(0)).parameters())
+    assert abs(one["loss"] - first["loss"]) < 1e-6 and first["loss"] == second["loss"]
+    for a, b, c, start in zip(one["weights"], first["weights"], second["weights"], begun):
+        assert torch.equal(b, c) and not torch.equal(a, start)
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_a_batch_that_is_too_small_for_the_team_is_refused():
+    class Three:
+        num_processes, process_index = 3, 0
+    with pytest.raises(ValueError, match="fewer"):
+        Team(Three).share(2)
