@@ -98,9 +98,9 @@ def longest_chain(
     "The time below which no number of machines gets."
     return max((end for _, _, end in simulate(jobs, seconds, max(1, len(jobs)))), default=0.)
 
-# %% ../nbs/88_costs.ipynb #8b560a2e
+# %% ../nbs/88_costs.ipynb #dc0d9c3c
 def show_time(
-    seconds:float,
+    seconds:float, # at least 0
 ) -> str: # for example "42 s", "12 min", "3.4 h"
     "A time that can be read at a glance."
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -5,17 +5,25 @@
 # %% auto #0
 __all__ = ['read_params', 'places', 'make_job', 'change_parameters']
 
-# %% ../nbs/82_plans.ipynb #b9856388
+# %% ../nbs/82_plans.ipynb #c167b3e4
+import copy
+from functools import cache
+
 import yaml
 from .core import pick_device
 from .jobs import Job, check_parameters, experiments_folder, notebook_parameters
 
-# %% ../nbs/82_plans.ipynb #dc81272d
+# %% ../nbs/82_plans.ipynb #f6969387
+@cache
+def _parse(path, written): return yaml.safe_load(path.read_text()) # written: when; a changed file is read again
+
+# %% ../nbs/82_plans.ipynb #300ba062
 def read_params(
     name:str, # a file of nbs/experiments/params, without .yaml
 ) -> dict: # its content
     "The values an experiment is run with."
-    return yaml.safe_load((experiments_folder()/"params"/f"{name}.yaml").read_text())
+    path = experiments_folder()/"params"/f"{name}.yaml"
+    return copy.deepcopy(_parse(path, path.stat().st_mtime_ns))
 
 # %% ../nbs/82_plans.ipynb #943bf43d
 def places(

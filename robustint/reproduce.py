@@ -26,7 +26,7 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #914996e2
+# %% ../nbs/90_reproduce.ipynb #4ef63da4
 TARGETS = {
     "quick": Target("the main job in small, on embedded digits: one HTML report", plan_quick, "quick_report", ("quick", "smoke"), False),
     "icml2020_table1": Target("Table 1: accuracy under PGD of ten methods on three data sets", plan_table1, "icml2020_table1", ("paper", "short", "quick", "smoke"), True),
@@ -47,6 +47,7 @@ TARGETS = {
     ("interpretgan_table2", "interpretgan_table2", plan_pooling, "Table 2: max against average pooling on MNIST"),
     ("interpretgan_table3", "interpretgan_table3", plan_pooling, "Table 3: max against average pooling on CIFAR-10"),
     ("interpretgan_fig3", "interpretgan_fig3", plan_diagnosis, "Fig. 3 and 5: explanations of natural and attacked images beside five baselines"),
+    ("interpretgan_fig4", "interpretgan_fig4", plan_diagnosis, "Fig. 4: faces, how their explanations are read and where they change"),
     ("interpretgan_fig6", "interpretgan_table1", plan_diagnosis, "Fig. 6: the network with its vulnerable layers"),
     ("interpretgan_fig7", "interpretgan_table1", plan_diagnosis, "Fig. 7: which class an attacked digit is read as"),
     ("interpretgan_fig8", "interpretgan_table1", plan_diagnosis, "Fig. 8 to 11: more explanations, of both networks"),

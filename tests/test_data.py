@@ -10,7 +10,8 @@ from robustint.checks import check_images, check_labels
 from robustint.data import DATASETS, FILES, RELEASED, SUPER_CLASSES, Dataset, evaluation_indices, evaluation_points, load_dataset
 from conftest import one_line
 
-LAYOUT = {"digits": (1, 28, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "restricted_imagenet": (3, 224, 9), "restricted_tiny_imagenet": (3, 64, 9)}
+LAYOUT = {"digits": (1, 28, 10), "mnist": (1, 28, 10), "cifar10": (3, 32, 10), "restricted_imagenet": (3, 224, 9), "restricted_tiny_imagenet": (3, 64, 9),
+          "celeba": (3, 128, 2)}
 
 
 def check_layout(dataset, name):
@@ -199,6 +200,96 @@ def test_folders_that_are_missing_or_damaged(tmp_path):
         load_dataset("restricted_imagenet", "test", tmp_path)
 
 
+# ---- CelebA
+
+def lay_out_faces(root, parts, size=(178, 218), titles="Smiling Male Young"):
+    """Grey pictures in CelebA's layout, one for each part ("0", "1" or "2"); every third is labelled Male, number i has the brightness 10 i."""
+    home = root / "celeba"
+    names = [f"{i + 1:06d}.jpg" for i in range(len(parts))]
+    for i, name in enumerate(names): photograph(home / "img_align_celeba" / name, (10 * i,) * 3, size)
+    (home / "list_eval_partition.txt").write_text("".join(f"{name} {part}\n" for name, part in zip(names, parts)))
+    (home / "list_attr_celeba.txt").write_text(f"{len(parts)}\n{titles}\n" + "".join(f"{name} -1  {1 if i % 3 == 0 else -1}  1\n" for i, name in enumerate(names)))
+    return home
+
+
+def numbers(dataset):
+    """Which pictures these are, told by their brightness."""
+    return (dataset.images.mean((1, 2, 3)) * 25.5).round().int().tolist()
+
+
+@pytest.mark.parametrize("size", [(178, 218), (89, 109)], ids=["original", "half size"])
+def test_faces_in_the_published_partition(tmp_path, size):
+    lay_out_faces(tmp_path, "0012201", size)
+    found = {split: load_dataset("celeba", split, tmp_path) for split in ("train", "validation", "test")}
+    assert {split: numbers(part) for split, part in found.items()} == {"train": [0, 1, 5], "validation": [2, 6], "test": [3, 4]}
+    assert [part.labels.tolist() for part in found.values()] == [[1, 0, 0], [0, 1], [1, 0]] and found["test"].class_names == ("female", "male")
+    for part in found.values(): check_layout(part, "celeba")
+    assert load_dataset("celeba", "test", tmp_path, size=32).images.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(178, 218), (89, 109)], ids=["original", "half size"])
+def test_a_sample_of_training_images_is_cut_in_three(tmp_path, size):
+    lay_out_faces(tmp_path, "0" * 25, size)
+    found = [numbers(load_dataset("celeba", split, tmp_path)) for split in ("train", "validation", "test")]
+    assert found == [list(range(18)), [18, 19], list(range(20, 25))], "the last fifth, and the last tenth of the rest"
+
+
+@pytest.mark.parametrize("size", [(178, 218), (89, 109)], ids=["original", "half size"])
+def test_a_face_is_the_central_square(tmp_path, size):
+    home, (width, height) = lay_out_faces(tmp_path, "2", size), size
+    top = (height - width) // 2
+    face = Image.new("RGB", size, (255, 0, 0))  # red above and below, green inside, a blue stripe at the left edge
+    face.paste((0, 255, 0), (0, top, width, top + width))
+    face.paste((0, 0, 255), (0, top, width // 8, top + width))
+    face.save(home / "img_align_celeba" / "000001.jpg", quality=100, subsampling=0)
+    red, green, blue = load_dataset("celeba", "test", tmp_path).images[0]
+    assert red[3:-3].max() < 0.05 and red.mean() < 0.02, "nothing from above and below"
+    assert blue[5:-5, :14].min() > 0.9 and green[5:-5, 19:].min() > 0.9, "and all of the width"
+
+
+def test_a_face_is_resized_as_by_pillow(tmp_path):
+    home = lay_out_faces(tmp_path, "2", (178, 218))
+    noise = Image.fromarray(numpy.random.RandomState(0).randint(0, 256, (218, 178, 3), dtype=numpy.uint8))
+    noise.save(home / "img_align_celeba" / "000001.jpg", quality=95)
+    with Image.open(home / "img_align_celeba" / "000001.jpg") as image:
+        wanted = numpy.asarray(image.crop((0, 20, 178, 198)).resize((64, 64), Image.Resampling.BILINEAR))
+    found = load_dataset("celeba", "test", tmp_path, size=64).images[0]
+    assert numpy.array_equal((found * 255).round().byte().permute(1, 2, 0).numpy(), wanted)
+    assert found.std() < 0.6 * (numpy.asarray(noise) / 255).std(), "antialiased: noise is averaged away"
+
+
+def test_celeba_that_is_missing_or_cut_short_says_what_to_do(tmp_path):
+    def attempt(error, match, split="test"):
+        with pytest.raises(error, match=match) as caught:
+            load_dataset("celeba", split, tmp_path)
+        assert str(tmp_path) in one_line(caught)
+    attempt(FileNotFoundError, "celeba/list_eval_partition.txt .* put img_align_celeba/, .* cannot be fetched")
+    home = lay_out_faces(tmp_path, "0022")
+    attempt(ValueError, "names no image for validation", "validation")
+    (home / "img_align_celeba" / "000004.jpg").unlink()
+    attempt(FileNotFoundError, "1 of 2 images for test are not in celeba/img_align_celeba .* the first 000004.jpg: copy them there")
+    assert len(load_dataset("celeba", "train", tmp_path)) == 2, "the other splits are whole"
+    (home / "img_align_celeba" / "000004.jpg").write_bytes(b"no image")
+    attempt(ValueError, "000004.jpg .* is damaged")
+    listed = (home / "list_attr_celeba.txt").read_text()
+    (home / "list_attr_celeba.txt").write_text(listed[:-10])  # the last row lost its end
+    attempt(ValueError, "no row for 1 of 2 images, the first 000004.jpg")
+    (home / "list_attr_celeba.txt").write_text(listed.replace("Male", "Hat"))
+    attempt(ValueError, "does not name the attribute Male")
+    (home / "list_attr_celeba.txt").unlink()
+    attempt(FileNotFoundError, "celeba/list_attr_celeba.txt")
+    (home / "list_attr_celeba.txt").write_text(listed)
+    (home / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg\n")
+    attempt(ValueError, "the line '000002.jpg'", "train")
+
+
+def test_photographs_that_were_not_aligned_are_refused(tmp_path):
+    lay_out_faces(tmp_path, "2", (400, 300))
+    with pytest.raises(ValueError, match="400x300 pixels where aligned faces have 178x218 .* img_align_celeba") as error:
+        load_dataset("celeba", "test", tmp_path)
+    one_line(error)
+
+
 # ---- the real files
 
 MNIST_TEST = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
@@ -247,3 +338,14 @@ def test_restricted_imagenet(data, name, split):
     images = data(name, split)
     check_layout(images, name)
     assert (images.labels.diff() >= 0).all() and images.labels[0] == 0
+
+
+@pytest.mark.full
+def test_celeba_sample(data):
+    train, validation, test = (data("celeba", split) for split in ("train", "validation", "test"))
+    for dataset in (train, validation, test): check_layout(dataset, "celeba")
+    if len(train) + len(validation) + len(test) != 2000: pytest.skip("not the sample of 2,000 images")
+    assert (len(train), len(validation), len(test)) == (1440, 160, 400)
+    assert (train.labels.sum() + validation.labels.sum()).item() == 677 and test.labels.sum() == 169
+    likeness = torch.nn.functional.cosine_similarity(train.images.mean(0).flatten(), test.images.mean(0).flatten(), dim=0)
+    assert likeness > 0.99, "aligned faces: the mean of many looks the same"

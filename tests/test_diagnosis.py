@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from robustint.core import make_generator
-from robustint.diagnosis import (changed_pooling_indices, diagnose, layer_hits, misclassification_matrix, over_seeds, paired_interval, read_images, sanity_rows, show_matrix, vulnerabilities,
+from robustint.diagnosis import (FACE_REGIONS, changed_pooling_indices, diagnose, layer_hits, list_changes, locate_changes, measure_change, misclassification_matrix, over_seeds, paired_interval, read_images, region_masks, sanity_rows, show_matrix, vulnerabilities,
                                  within_class_distance)
 from robustint.evaluation import wilson_interval
 from robustint.interpretgan import explain_layers, make_explainers
@@ -146,11 +146,74 @@ def test_a_diagnosis_is_plain_values_and_whole(case):
     assert sum(row["vulnerability"] for row in found["layers"]) == pytest.approx(1 - found["layers"][-1]["accuracy"])
 
 
+@pytest.mark.parametrize("side", [8, 32, 100, 128])
+def test_the_regions_of_a_face_share_out_all_pixels(side):
+    masks = region_masks(side, FACE_REGIONS)
+    assert list(masks) == [*FACE_REGIONS, "elsewhere"]
+    assert torch.stack(list(masks.values())).sum(0).eq(1).all(), "each pixel lies in one region"
+    if side == 128:
+        left, top, right, bottom = FACE_REGIONS["eyes"]
+        assert masks["eyes"].double().mean().item() == pytest.approx((right - left) * (bottom - top), abs=0.005)
+        for name, mask in masks.items(): assert name == "elsewhere" or torch.equal(mask, mask.flip(1)), "the boxes are symmetric"
+
+
+def test_a_change_is_found_where_it_was_made():
+    masks, chance = region_masks(16, {"left": (0, 0, 0.5, 1), "corner": (0.5, 0.5, 1, 1)}), make_generator(0)
+    before = torch.rand(20, 3, 16, 16, generator=chance) / 2
+    for name, mask in masks.items():
+        found = measure_change(before, before + 0.25 * mask, masks)
+        assert torch.allclose(found[name], torch.ones(20)) and torch.allclose(found["change"], 0.25 * mask.float().mean().expand(20), atol=1e-6)
+    noise = measure_change(before, torch.rand(before.shape, generator=chance), masks)
+    assert torch.allclose(sum(noise[name] for name in masks), torch.ones(20), atol=1e-6), "the shares sum to one"
+    still = measure_change(before, before, masks)
+    assert still["change"].eq(0).all() and still["left"].isnan().all()
+
+
+@pytest.mark.parametrize("batch_size", [30, 10, 7])
+def test_changes_of_the_explanations_by_hand(case, batch_size):
+    model, _, explainers, images, _ = case
+    attacked = (images + 0.3 * torch.randn(images.shape, generator=make_generator(7))).clamp(0, 1)
+    rows = locate_changes(model, explainers, images, attacked, regions={"left": (0, 0, 0.5, 1)}, batch_size=batch_size)
+    assert [row["layer"] for row in rows[::4]] == ["image", *explainers] and json.loads(json.dumps(rows, allow_nan=False)) == rows
+    before, after = ({"image": x} | explain_layers(model, x, explainers) for x in (images, attacked))
+    moved = read_images(model, images) != read_images(model, attacked)
+    for row in rows:
+        chosen = moved if row["over"] == "read otherwise" else torch.ones_like(moved)
+        assert row["n"] == chosen.sum() and row["low"] <= row["change"] <= row["high"]
+        if row["against"] == "attack":
+            difference = (before[row["layer"]] - after[row["layer"]]).abs()[chosen].mean(1)
+            assert row["change"] == pytest.approx(difference.mean().item(), rel=1e-5)
+            assert row["regions"]["left"]["share"] == pytest.approx((difference[..., :4].sum((1, 2)) / difference.sum((1, 2))).mean().item(), rel=1e-4)
+        assert sum(at["share"] for at in row["regions"].values()) == pytest.approx(1) and sum(at["area"] for at in row["regions"].values()) == 1
+    listed = list_changes(rows)
+    assert len(listed) == len(rows) + len(rows) // 2 + 2 * len(rows), "a change or difference, a quotient for each change, and two regions a row"
+    for row in listed: assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_nothing_changed_and_nobody_moved(case):
+    model, _, explainers, images, _ = case
+    rows = locate_changes(model, explainers, images, images, regions=FACE_REGIONS)
+    whole = [row for row in rows if row["against"] == "attack" and row["over"] == "all"]
+    assert all(row["change"] == 0 and row["regions"]["eyes"]["share"] is None for row in whole)
+    assert all(row["n"] == 0 and row["change"] is None for row in rows if row["over"] == "read otherwise")
+    assert {row["quantity"] for row in list_changes(rows)} == {"change", "difference", "change / difference", "difference here / everywhere"}
+    assert all(not row["regions"] for row in locate_changes(model, explainers, images, images))
+
+
+def test_a_diagnosis_in_parts_is_the_same(case):
+    model, other, explainers, images, labels = case
+    attacked = (images + 0.3 * torch.randn(images.shape, generator=make_generator(7))).clamp(0, 1)
+    whole, parts = (diagnose(model, explainers, images, attacked, labels, classes=4, independent=other, batch_size=n) for n in (500, 8))
+    assert {key: value for key, value in whole.items() if key not in ("sanity", "pooling_changed")} == {key: value for key, value in parts.items() if key not in ("sanity", "pooling_changed")}
+    assert parts["pooling_changed"]["2"] == pytest.approx(whole["pooling_changed"]["2"])
+
+
 def test_bad_input_is_refused_in_one_line(case):
     model, _, explainers, images, labels = case
     attempts = {"one shape": lambda: diagnose(model, explainers, images, images[:4], labels, classes=4), "divide by 255": lambda: layer_hits(model, explainers, images * 255, labels),
                 "as many as the images": lambda: sanity_rows(model, explainers, images, labels[:3]), "below 4": lambda: misclassification_matrix(labels + 1, labels, 4),
-                "as many, one or more": lambda: paired_interval(torch.tensor([True]), torch.tensor([True, False])), "[0,1]": lambda: read_images(model, images - 1)}
+                "as many, one or more": lambda: paired_interval(torch.tensor([True]), torch.tensor([True, False])), "[0,1]": lambda: read_images(model, images - 1),
+                "fractions of the side": lambda: region_masks(8, {"left": (0, 0, 4, 8)}), "natural and adversarial must": lambda: locate_changes(model, explainers, images, images[:4])}
     for message, attempt in attempts.items():
         with pytest.raises(ValueError) as error:
             attempt()
