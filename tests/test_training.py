@@ -414,7 +414,7 @@ def train_in_a_team(rank, size, port, folder, name):
     torch.save({"weights": [p.detach() for p in model.parameters()], "loss": log[-1]["loss"]}, f"{folder}/{size}-{rank}")
 
 
-@pytest.mark.parametrize("name", ["adv", "int"])
+@pytest.mark.parametrize("name", ["adv", pytest.param("int", marks=pytest.mark.full)])
 def test_two_processes_train_as_one(name, tmp_path):
     import socket
     with socket.socket() as free:
