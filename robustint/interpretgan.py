@@ -7,7 +7,7 @@ __all__ = ['COMPRESSION', 'mutual_information', 'information_bound', 'interpreta
            'tap_layers', 'Compression', 'Explainer', 'make_explainers', 'explanation_feed', 'Inverter',
            'train_explainers', 'explain_layers', 'explain', 'save_explainers', 'load_explainers']
 
-# %% ../nbs/61_interpretgan.ipynb #fe963cd2
+# %% ../nbs/61_interpretgan.ipynb #c5dcb438
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ from torch import nn
 
 from .checks import check_images
 from .classifiers import layers as chain_layers
-from .core import lower_precision, make_generator
+from .core import make_generator
 from .models import evaluation_mode
 from .progan import Critic, Equalised, Gan, Generator, grow, measure_variety
 from .zoo import load_tensors, save_tensors
@@ -194,7 +194,7 @@ class Inverter:
         nothing = torch.zeros(())
         return {"critic": nothing, "generator": error.detach(), "term": nothing} | measure_variety(inputs, drawn, reals)
 
-# %% ../nbs/61_interpretgan.ipynb #ddfa512a
+# %% ../nbs/61_interpretgan.ipynb #2be6929c
 def train_explainers(
     model:nn.Module, # classifier with logits as output; it is not changed
     layers:dict, # title -> name of a module; "" for the probabilities at the end
@@ -209,20 +209,19 @@ def train_explainers(
     averaging:float=0.999, # of the averaged weights, a step
     loss:str="nonsaturating", # a key of progan.LOSSES
     penalty:float=1., # gamma of R1
-    precision:str="float32", # of convolutions and products: float32 or bfloat16
     seed:int=0, # of weights, order and noise
     **options, # for `grow`: steps, batch_size, fade, state, every, observe, label
 ) -> tuple: # {title: Explainer} of averaged weights, and the log
     "InterpretGAN for all layers of a classifier side by side (eq. 1 and 3). Resumes exactly on a CPU. Raises Diverged, ValueError."
     check_images(images)
-    lower, chance, players, last = lower_precision(precision, images.device), make_generator(seed), {}, dict(memory_format=torch.channels_last) # libraries convolve faster that way
+    chance, players, last = make_generator(seed), {}, dict(memory_format=torch.channels_last) # libraries convolve faster that way
     for title, explainer in make_explainers(model, layers, images, widths=widths, filters=filters, generator=chance).items():
         rates = dict(learning_rate=learning_rate, averaging=averaging)
         explainer, critic = explainer.to(**last), Critic(widths, images.shape[1], generator=chance).to(images.device, **last)
         players[title] = Inverter(explainer, **rates) if invert else Gan(explainer, critic, loss=loss, penalty=penalty, **rates)
-    identity = dict(layers=layers, weight=weight, first_scale=first_scale, invert=invert) | ({} if precision == "float32" else {"precision": precision})
+    identity = dict(layers=layers, weight=weight, first_scale=first_scale, invert=invert)
     feed = explanation_feed(model, layers, weight=0. if invert else weight, first_scale=first_scale)
-    with lower: log = grow(players, images, feed, seed=seed, identity=identity, **options)
+    log = grow(players, images, feed, seed=seed, identity=identity, **options)
     return {title: player.averaged for title, player in players.items()}, log
 
 # %% ../nbs/61_interpretgan.ipynb #22e90511

@@ -118,7 +118,7 @@ class Generator(nn.Module):
         image = self.to_image[scale](x).sigmoid()
         return torch.lerp(enlarge(self.to_image[scale - 1](before).sigmoid()), image, alpha) if scale and alpha < 1 else image
 
-# %% ../nbs/60_progan.ipynb #f5eb193e
+# %% ../nbs/60_progan.ipynb #6b5b639c
 class Critic(nn.Module):
     "The critic of the progressive GAN: (images, scale, alpha) -> scores (N,), high for real."
 
@@ -139,7 +139,7 @@ class Critic(nn.Module):
             x = F.avg_pool2d(x, 2)
             if k == scale and alpha < 1: x = torch.lerp(_activate(self.from_image[k - 1](F.avg_pool2d(images, 2))), x, alpha)
         x = _activate(self.blocks[0][0](add_minibatch_deviation(x, self.group)))
-        return self.score(_activate(self.dense(x.flatten(1))))[:, 0].to(images.dtype) # also where the products were of lower precision
+        return self.score(_activate(self.dense(x.flatten(1))))[:, 0]
 
 # %% ../nbs/60_progan.ipynb #c46057b1
 LOSSES = {
