@@ -9,11 +9,12 @@ __all__ = ['COLUMNS', 'attack_title', 'model_title', 'list_attacked', 'add_clean
 # %% ../nbs/86_pooling_tables.ipynb #b0acb27d
 from pathlib import Path
 
-# %% ../nbs/86_pooling_tables.ipynb #afb3e3dc
+# %% ../nbs/86_pooling_tables.ipynb #b51ecf44
 import pandas
 from matplotlib.figure import Figure
 from scipy import stats
 from .core import project_root, read_record
+from .diagnosis_tables import training_title
 from .jobs import Job
 from .plots import COLOURS, add_caption, new_figure
 from .tables import DATASETS, MODELS, find_interval, to_markdown
@@ -35,27 +36,28 @@ def model_title(
     if name == "wrn": return f"WRN-{depth or 34}-{width or 10}"
     return MODELS[name] + (f" (width {width})" if width else "")
 
-# %% ../nbs/86_pooling_tables.ipynb #ffe92d35
+# %% ../nbs/86_pooling_tables.ipynb #ac63c57c
 def list_attacked(
     jobs:list[Job], # a whole plan: trainings and attacks
     records:Path|str, # the folder of the records
-) -> pandas.DataFrame: # dataset, model, pooling, attack, seed, correct, images, clean: one row for each attack that is done
+) -> pandas.DataFrame: # dataset, model, method, weights, pooling, attack, seed, correct, images, clean: one row for each attack that is done
     "The cells of a pooling study. An attack that is not done is left out."
     trained, rows = {job.name: job.parameters for job in jobs if job.notebook == "run_atta"}, []
     for job in jobs:
         path = Path(records)/f"{job.name}.json"
         if job.notebook != "run_pgd" or not path.is_file(): continue
         network, metrics = trained[job.parameters["train_id"]], read_record(path)["metrics"]
-        rows.append({"dataset": DATASETS[network["dataset"]], "model": model_title(network), "pooling": network["pooling"], "attack": attack_title(job.parameters), "seed": network["seed"],
+        weights = "-".join(word for word in ("trained", network.get("label")) if word)
+        rows.append({"dataset": DATASETS[network["dataset"]], "model": model_title(network), "method": training_title(network), "weights": weights, "pooling": network["pooling"], "attack": attack_title(job.parameters), "seed": network["seed"],
                      "correct": metrics["cells"][0]["correct"], "images": metrics["cells"][0]["n"], "clean": metrics["clean_accuracy"]})
-    return pandas.DataFrame(rows, columns=["dataset", "model", "pooling", "attack", "seed", "correct", "images", "clean"])
+    return pandas.DataFrame(rows, columns=["dataset", "model", "method", "weights", "pooling", "attack", "seed", "correct", "images", "clean"])
 
-# %% ../nbs/86_pooling_tables.ipynb #01d45825
+# %% ../nbs/86_pooling_tables.ipynb #ce79f7e0
 def add_clean(
     cells:pandas.DataFrame, # from list_attacked
 ) -> pandas.DataFrame: # with rows of the attack "none" first
     "The unattacked network as one more attack."
-    once = cells.drop_duplicates(["dataset", "model", "pooling", "seed"])
+    once = cells.drop_duplicates(["dataset", "model", "weights", "pooling", "seed"])
     clean = once.assign(attack="none", correct=(once["clean"] * once["images"]).round().astype(int))
     return pandas.concat([clean, cells], ignore_index=True)
 
@@ -72,10 +74,10 @@ def welch_interval(
     ends = stats.ttest_ind(first, second, equal_var=False).confidence_interval(level)
     return sum(first) / len(first) - sum(second) / len(second), float(ends.low), float(ends.high)
 
-# %% ../nbs/86_pooling_tables.ipynb #2b96cd9e
-COLUMNS = ["dataset", "model", "pooling", "attack", "paper", "ours", "low", "high", "n", "seeds"]
+# %% ../nbs/86_pooling_tables.ipynb #aab8444f
+COLUMNS = ["dataset", "model", "method", "weights", "pooling", "attack", "paper", "ours", "low", "high", "n", "seeds"]
 
-# %% ../nbs/86_pooling_tables.ipynb #a0bd6a70
+# %% ../nbs/86_pooling_tables.ipynb #4a0e3e3a
 def compare_poolings(
     cells:pandas.DataFrame, # from list_attacked
     printed:str, # a file of data/papers, without .csv: its columns dataset, model, pooling, attack and accuracy_percent
@@ -84,16 +86,16 @@ def compare_poolings(
     paper = pandas.read_csv(project_root()/"data"/"papers"/f"{printed}.csv")
     known = {tuple(row[:4]): row[4] / 100 for row in paper.itertuples(index=False)}
     rows = []
-    for (dataset, model, attack), group in add_clean(cells).groupby(["dataset", "model", "attack"], sort=False):
+    for (dataset, model, method, weights, attack), group in add_clean(cells).groupby(["dataset", "model", "method", "weights", "attack"], sort=False):
         shares, told = {}, {pooling: known.get((dataset, model, pooling, attack)) for pooling in ("max", "avg")}
         for pooling, same in group.groupby("pooling", sort=False):
             n = int(same["images"].iloc[0])
             ours, low, high = find_interval(list(same["correct"]), n)
             shares[pooling] = list(same["correct"] / n)
-            rows.append([dataset, model, pooling, attack, told[pooling], ours, low, high, n, len(same)])
+            rows.append([dataset, model, method, weights, pooling, attack, told[pooling], ours, low, high, n, len(same)])
         if all(len(shares.get(pooling, [])) > 1 for pooling in told):
             gain = None if None in told.values() else told["avg"] - told["max"]
-            rows.append([dataset, model, "avg - max", attack, gain, *welch_interval(shares["avg"], shares["max"]), n, len(shares["avg"])])
+            rows.append([dataset, model, method, weights, "avg - max", attack, gain, *welch_interval(shares["avg"], shares["max"]), n, len(shares["avg"])])
     return pandas.DataFrame(rows, columns=COLUMNS).astype({"paper": float})
 
 # %% ../nbs/86_pooling_tables.ipynb #fe2b1271
@@ -107,29 +109,29 @@ def judge_poolings(
     return [f"{row.dataset}, {row.model}, {'no attack' if row.attack == 'none' else row.attack}: average - max is {100 * row.ours:+.2f} points [{100 * row.low:+.2f}, {100 * row.high:+.2f}]{printed(row)}: "
             f"{told(row) if row.attack != 'none' else 'clean accuracy'}." for row in gains.itertuples()]
 
-# %% ../nbs/86_pooling_tables.ipynb #ec21d9bb
+# %% ../nbs/86_pooling_tables.ipynb #680b3e82
 def write_poolings(
     table:pandas.DataFrame, # from compare_poolings
 ) -> str: # markdown: a table for each network
     "Accuracies in percent, the paper's in brackets."
     parts = []
     cell = lambda row: f"{100 * row.ours:.2f} [{100 * row.low:.2f}, {100 * row.high:.2f}]" + ("" if pandas.isna(row.paper) else f" ({100 * row.paper:.2f})")
-    for (dataset, model), block in table.groupby(["dataset", "model"], sort=False):
+    for (dataset, model, weights), block in table.groupby(["dataset", "model", "weights"], sort=False):
         kinds = list(dict.fromkeys(block["pooling"]))
         lines = [[attack, *[" ".join(cell(row) for row in same[same["pooling"] == kind].itertuples()) or "–" for kind in kinds]] for attack, same in block.groupby("attack", sort=False)]
-        parts.append(f"### {dataset}, {model}\n\nn = {block['n'].iloc[0]} images, {block['seeds'].max()} networks a cell.\n\n{to_markdown([['attack', *kinds], *lines])}")
+        parts.append(f"### {dataset}, {model}, {weights} weights\n\nn = {block['n'].iloc[0]} images, {block['seeds'].max()} networks a cell.\n\n{to_markdown([['attack', *kinds], *lines])}")
     return "\n\n".join(parts)
 
-# %% ../nbs/86_pooling_tables.ipynb #efc36232
+# %% ../nbs/86_pooling_tables.ipynb #75d73896
 def plot_poolings(
     table:pandas.DataFrame, # from compare_poolings
     *,
     caption:str="", # n, seeds, interval
 ) -> Figure:
     "Accuracy under each attack of both poolings on the left, their difference on the right, a row for each network."
-    groups = list(table.groupby(["dataset", "model"], sort=False))
+    groups = list(table.groupby(["dataset", "model", "weights"], sort=False))
     figure, axes = new_figure(len(groups), 2, size=(9.6, 2.7 * len(groups) + 0.4))
-    for (left, right), ((dataset, model), block) in zip(axes, groups):
+    for (left, right), ((dataset, model, weights), block) in zip(axes, groups):
         attacks = list(dict.fromkeys(block["attack"]))
         for ax, kinds, shift in (left, ("max", "avg"), 0.12), (right, ("avg - max",), 0.):
             for k, kind in enumerate(kinds):
@@ -142,7 +144,7 @@ def plot_poolings(
             ax.set(yticks=range(len(attacks)), yticklabels=attacks if ax is left else [])
             ax.invert_yaxis()
         right.axvline(0, color="black", linewidth=0.8)
-        left.set(xlabel="accuracy (%)", title=f"{dataset}, {model}")
+        left.set(xlabel="accuracy (%)", title=f"{dataset}, {model}, {weights} weights")
         right.set(xlabel="average - max (percentage points)", title="difference")
         left.legend(frameon=False, fontsize=8, loc="best")
     return add_caption(figure, caption) if caption else figure

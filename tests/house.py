@@ -253,7 +253,7 @@ def notebook_libraries(source):
 
 RECORD_KEYS = {"schema", "id", "notebook", "parameters", "seed", "n", "seconds", "device", "machine", "metrics", "code", "libraries", "created"}
 TABLE_COLUMNS = ["dataset", "model", "method", "weights", "paper", "ours", "low", "high", "n", "seeds"]
-TABLE_AXES = {"icml2020_table1": "epsilon", "icml2020_table2": "attack", "icml2020_table3": "epsilon",
+TABLE_AXES = {"interpretgan_table2": "pooling", "interpretgan_table3": "pooling", "icml2020_table1": "epsilon", "icml2020_table2": "attack", "icml2020_table3": "epsilon",
               "interpretgan_table1": "layer", "interpretgan_fig6": "layer", "interpretgan_fig7": "true_label", "interpretgan_fig8": "layer"}  # the fifth column
 DATA_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".h5", ".gz", ".xz", ".tar", ".tgz", ".zip", ".jpg", ".jpeg", ".bin", ".parquet"}
 
