@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPRESSION', 'mutual_information', 'information_bound', 'interpretability_term', 'check_layers', 'name_layers',
-           'tap_layers', 'Compression', 'Explainer', 'make_explainers', 'explanation_feed', 'Inverter',
+           'tap_layers', 'Compression', 'Explainer', 'make_explainers', 'explanation_feed', 'Inverter', 'rebuild',
            'train_explainers', 'explain_layers', 'explain', 'save_explainers', 'load_explainers']
 
 # %% ../nbs/61_interpretgan.ipynb #c5dcb438
@@ -194,7 +194,18 @@ class Inverter:
         nothing = torch.zeros(())
         return {"critic": nothing, "generator": error.detach(), "term": nothing} | measure_variety(inputs, drawn, reals)
 
-# %% ../nbs/61_interpretgan.ipynb #2be6929c
+# %% ../nbs/61_interpretgan.ipynb #75c267d7
+def rebuild(
+    description:dict, # from Explainer.describe
+    tensors:dict, # its weights by name
+) -> Explainer: # on the CPU, without gradients
+    "An explainer of that shape with these weights."
+    parts = dict(description)
+    explainer = Explainer(parts.pop("module"), parts.pop("shape"), **parts, generator=make_generator(0)).requires_grad_(False)
+    explainer.load_state_dict(tensors)
+    return explainer
+
+# %% ../nbs/61_interpretgan.ipynb #50454ed1
 def train_explainers(
     model:nn.Module, # classifier with logits as output; it is not changed
     layers:dict, # title -> name of a module; "" for the probabilities at the end
@@ -222,7 +233,7 @@ def train_explainers(
     identity = dict(layers=layers, weight=weight, first_scale=first_scale, invert=invert)
     feed = explanation_feed(model, layers, weight=0. if invert else weight, first_scale=first_scale)
     log = grow(players, images, feed, seed=seed, identity=identity, **options)
-    return {title: player.averaged for title, player in players.items()}, log
+    return {title: rebuild(player.averaged.describe(), player.averaged.state_dict()).to(images.device) for title, player in players.items()}, log
 
 # %% ../nbs/61_interpretgan.ipynb #22e90511
 @torch.no_grad()
@@ -267,7 +278,7 @@ def save_explainers(
     tensors = {f"{i}.{key}": value for i, title in enumerate(titles) for key, value in explainers[title].state_dict().items()}
     return save_tensors(path, tensors, {"format": "explainers 1", "layers": [[title, explainers[title].describe()] for title in titles], **about})
 
-# %% ../nbs/61_interpretgan.ipynb #d4ff8a69
+# %% ../nbs/61_interpretgan.ipynb #748c9f3f
 def load_explainers(
     path:str|Path, # a file written by save_explainers
 ) -> tuple: # {title: Explainer} on the CPU, header
@@ -276,6 +287,5 @@ def load_explainers(
     if header.get("format") != "explainers 1": raise ValueError(f"{path} holds no explainers: give a file written by save_explainers")
     explainers = {}
     for i, (title, parts) in enumerate(header["layers"]):
-        explainers[title] = Explainer(parts.pop("module"), parts.pop("shape"), **parts, generator=make_generator(0)).requires_grad_(False)
-        explainers[title].load_state_dict({key.removeprefix(f"{i}."): value for key, value in tensors.items() if key.startswith(f"{i}.")})
+        explainers[title] = rebuild(parts, {key.removeprefix(f"{i}."): value for key, value in tensors.items() if key.startswith(f"{i}.")})
     return explainers, header

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from house import COMPONENTS, EXPERIMENTS, ROOT, Cell, Notebook
 
+from robustint.jobs import PLACES
 from robustint.reproduce import TARGETS, plan
 
 component = pytest.mark.parametrize("path", COMPONENTS, ids=lambda path: path.stem)
@@ -174,6 +175,17 @@ def test_every_planned_job_names_parameters_its_notebook_has(target, scale):
               if name not in house.parameter_names(house.read(ROOT / f"nbs/experiments/{job.notebook}.ipynb"))]
     keeps(faults)
     assert len({job.name for job in jobs}) == len(jobs), "two jobs would write the same record"
+
+
+def test_runs_of_one_name_have_one_set_of_parameters():
+    "Else one report would read what another one's run has written."
+    seen, faults = {}, []
+    for name, target in TARGETS.items():
+        for job in (job for scale in target.scales for job in plan(name, scale=scale, weights=["released", "trained"])[0]):
+            made = {key: value for key, value in job.parameters.items() if key not in PLACES}
+            first, known = seen.setdefault(job.outputs[0], (name, made))
+            faults += [f"{job.outputs[0]}: {key} is {known.get(key)!r} for {first}, {made.get(key)!r} for {name}" for key in {*known, *made} if known.get(key) != made.get(key)]
+    keeps(faults)
 
 
 # --- what is generated -------------------------------------------------------------------------------------------------
