@@ -65,8 +65,8 @@ def predict_cost(
         return Cost(unit * count_work(job.notebook, job.parameters), f"{len(same)} run{'s' * (len(same) > 1)} of the same {', '.join(('notebook', *names))}")
     return Cost(unknown, "nothing known")
 
-# %% ../nbs/88_costs.ipynb #fc5ac46d
-START_SECONDS = 6. # of a kernel, the imports and the data of a run: what `robustint reproduce` took for 12 runs of a few steps, a run
+# %% ../nbs/88_costs.ipynb #6d085716
+START_SECONDS = 6. # of a kernel, the imports and the data of a run: a round estimate, not measured by a record
 
 # %% ../nbs/88_costs.ipynb #18114a0c
 def simulate(

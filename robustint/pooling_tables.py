@@ -77,7 +77,7 @@ def welch_interval(
 # %% ../nbs/86_pooling_tables.ipynb #aab8444f
 COLUMNS = ["dataset", "model", "method", "weights", "pooling", "attack", "paper", "ours", "low", "high", "n", "seeds"]
 
-# %% ../nbs/86_pooling_tables.ipynb #4a0e3e3a
+# %% ../nbs/86_pooling_tables.ipynb #e68323f6
 def compare_poolings(
     cells:pandas.DataFrame, # from list_attacked
     printed:str, # a file of data/papers, without .csv: its columns dataset, model, pooling, attack and accuracy_percent
@@ -89,6 +89,7 @@ def compare_poolings(
     for (dataset, model, method, weights, attack), group in add_clean(cells).groupby(["dataset", "model", "method", "weights", "attack"], sort=False):
         shares, told = {}, {pooling: known.get((dataset, model, pooling, attack)) for pooling in ("max", "avg")}
         for pooling, same in group.groupby("pooling", sort=False):
+            if same["images"].nunique() > 1: raise ValueError(f"the records of {model}, {pooling}, {attack} are over different numbers of images: run them again with one number")
             n = int(same["images"].iloc[0])
             ours, low, high = find_interval(list(same["correct"]), n)
             shares[pooling] = list(same["correct"] / n)
