@@ -83,8 +83,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-SMOKE = ["reproduce", "quick", "--scale", "smoke", "-j", "2"]
-INT = [*SMOKE, "--method", "int"]
+WHOLE = ["reproduce", "quick", "--scale", "smoke", "-j", "2"]
+SMOKE = [*WHOLE, "--method", "normal", "--method", "int"]  # six runs, without the diagnosis
+INT = [*WHOLE, "--method", "int"]
 
 
 def start(*words, **environment):
@@ -153,7 +154,7 @@ def test_a_dry_run_prints_the_lines_and_runs_nothing(project, capsys):
 def test_list_names_every_target(project, capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert "quick: " in out and "icml2020_table1: " in out and "--scale smoke: 0 of 6 runs done" in out and all(f"{name}: " in out for name in TARGETS)
+    assert "quick: " in out and "icml2020_table1: " in out and "--scale smoke: 0 of 10 runs done" in out and all(f"{name}: " in out for name in TARGETS)
 
 
 def test_a_changed_parameter_stays_apart(project, capsys):
@@ -270,7 +271,7 @@ def test_a_profile_names_options_that_snakemake_has(name):
 
 
 def test_a_plan_names_every_run_and_when_the_last_one_ends(project, capsys):
-    assert main(["plan", "quick", "--scale", "smoke", "-w", "2"]) == 0
+    assert main(["plan", "quick", "--scale", "smoke", "-w", "2", "--method", "normal", "--method", "int"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "digits-small-int-eps0.15-s0" in lines[3] and "6 runs" in lines[6] and "on 2 workers" in lines[7] and "longest chain" in lines[8]
 
@@ -298,11 +299,11 @@ def test_on_a_terminal_there_are_bars(project):
 @pytest.mark.full
 def test_the_quick_job_at_smoke_scale_from_one_command(tmp_path, monkeypatch):
     monkeypatch.setenv("ROBUSTINT_HOME", str(tmp_path))
-    code, out, err = run(*SMOKE)
+    code, out, err = run(*WHOLE)
     assert code == 0, err
-    assert "| Normal |" in out and "NOT the paper's numbers" in out
+    assert "| Normal |" in out and "| Conv2 |" in out and "NOT the paper's numbers" in out
     page = (tmp_path / "figures/smoke/report.html").read_text()
-    assert page.count("data:image/png;base64") == 3 and "src=\"http" not in page and "href=" not in page
+    assert page.count("data:image/png;base64") == 4 and "src=\"http" not in page and "href=" not in page
 
 
 def train_line(folder):
