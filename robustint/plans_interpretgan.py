@@ -69,24 +69,25 @@ def plan_pooling(
             jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, training.name))
     return jobs
 
-# %% ../nbs/84_plans_interpretgan.ipynb #4420767d
+# %% ../nbs/84_plans_interpretgan.ipynb #fecfab88
 def _explain(
     params:dict, # the params file
-    block:dict, # dataset, explainers; kinds where they are not the usual one
+    block:dict, # dataset
     training:Job, # of the classifier
     kind:str, # explain, lambda0 or invert
+    chosen:str, # the values of the explainers, by name
     scale:str, # "smoke", "quick", "short" or "paper"
     where:dict, # from places
     changes:dict, # from the command line
 ) -> Job:
     "The training of the explainers of one classifier."
-    settings, seed = params["interpretgan"][block["dataset"]][block["explainers"]], training.parameters["seed"]
-    label = "full" if block["explainers"] == "paper" else ""
+    settings, seed = params["interpretgan"][block["dataset"]][chosen], training.parameters["seed"]
+    label = "full" if chosen == "paper" else ""
     name = "-".join(word for word in (training.name, kind, label, f"s{seed}") if word)
     named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "train_id": training.name, "seed": seed, "scale": scale, "label": label} | settings | {"kind": kind, "record_id": name}
     return make_job(name, "run_interpretgan", change_parameters("run_interpretgan", named, changes), where, training.name)
 
-# %% ../nbs/84_plans_interpretgan.ipynb #c8a4eac1
+# %% ../nbs/84_plans_interpretgan.ipynb #516c053b
 def plan_diagnosis(
     section:str, # of params/interpretgan.yaml: its blocks name `explainers` and what follows them
     scale:str, # "smoke", "quick", "short" or "paper"
@@ -102,13 +103,13 @@ def plan_diagnosis(
         other = (block["seeds"] * 2)[block["seeds"].index(seed) + 1] if len(block["seeds"]) > 1 else seed + 1
         training, independent = (_train(params, block, pooling, s, scale, where, changes) for s in (seed, other))
         jobs |= {training.name: training, independent.name: independent}
-        for kind in block.get("kinds", ["explain"]):
-            made = _explain(params, block, training, kind, scale, where, changes)
+        for kind, values in (block.get("kinds") or {"explain": block["explainers"]}).items():
+            made = _explain(params, block, training, kind, values, scale, where, changes)
             jobs[made.name] = made
-            for notebook, values in block["then"].items():
+            for notebook, used in block["then"].items():
                 known = {"train_id": training.name, "explainers_id": made.name, "independent_id": independent.name}
                 known = {key: value for key, value in known.items() if key in notebook_parameters(f"run_{notebook}")}
-                named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "scale": scale} | known | params[notebook][block["dataset"]][values]
+                named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "scale": scale} | known | params[notebook][block["dataset"]][used]
                 name = f"{made.name}-{notebook}"
                 parameters = change_parameters(f"run_{notebook}", named | {"record_id": name}, changes)
                 jobs[name] = make_job(name, f"run_{notebook}", parameters, where, training.name, made.name, independent.name)
