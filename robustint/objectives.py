@@ -6,10 +6,9 @@
 __all__ = ['METHODS', 'Pair', 'clean_loss', 'adversarial_loss', 'divergence', 'two_class_term', 'one_class_term',
            'attribution_norm', 'Method', 'make_method']
 
-# %% ../nbs/40_objectives.ipynb #4c4c5a9e
+# %% ../nbs/40_objectives.ipynb #52195e34
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +17,25 @@ from .attributions import WithIntegratedGradients
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
 
-# %% ../nbs/40_objectives.ipynb #21d215d4
+# %% ../nbs/40_objectives.ipynb #f1cb98a7
 class Pair:
     "Logits and maps of clean images x and perturbed images x', computed when first asked for."
 
     def __init__(self, network, images, labels, perturbed=None, maps=False, clean=None):
         self.network, self.images, self.labels, self.perturbed = network, images, labels, perturbed
-        self.maps, self.clean = maps, clean # whether maps are wanted; the clean side if it is known already
+        self.maps, self.clean, self.seen = maps, clean, None # whether maps are wanted; the clean side if it is known already; both sides
 
     def views(self, images):
         "Logits, and maps (without the 1/u) where they are wanted, in one pass."
         return self.network.logits_and_cams(images) if self.maps else (self.network(images), None)
 
-    @cached_property
+    @property
     def both(self):
+        if self.seen is None: self.seen = self.look() # no cached_property: its lock cannot be compiled
+        return self.seen
+
+    def look(self):
+        "Both sides, clean and perturbed, in one pass where the clean side is not known."
         if self.clean is not None: return self.clean, self.views(self.perturbed)
         if self.perturbed is None or self.perturbed is self.images:
             views = self.views(self.images)

@@ -6,9 +6,10 @@
 __all__ = ['BALLS', 'Linf', 'L2', 'ascend', 'label_objective', 'check_attack', 'pgd', 'fgsm', 'momentum_pgd', 'flush_denormals',
            'minimum_eps']
 
-# %% ../nbs/30_pgd.ipynb #210f66f4
+# %% ../nbs/30_pgd.ipynb #487194bd
 import contextlib
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,36 @@ class L2:
         radius = torch.rand(len(images), 1, generator=generator, device=images.device, dtype=images.dtype) ** (1 / images[0].numel())
         return (images + self.eps * (radius * F.normalize(noise.flatten(1), dim=1)).view_as(images)).clamp(0, 1)
 
-# %% ../nbs/30_pgd.ipynb #4426328c
+# %% ../nbs/30_pgd.ipynb #2cf7c262
+def _step(objective, ball, project, points, velocity, size, decay):
+    "One step uphill: the next points, and the accumulated gradient."
+    gradient, = torch.autograd.grad(objective(points).sum(), points)
+    velocity = decay * velocity + gradient if decay else gradient
+    return project(ball.step(points.detach(), velocity, size)).detach(), velocity
+
+# %% ../nbs/30_pgd.ipynb #6b920b18
+@cache
+def _compile_step():
+    "The step as one compiled piece; the step itself from its first failure on."
+    from torch import _dynamo
+    option, broken = {"trace_autograd_ops": True} if hasattr(_dynamo.config, "trace_autograd_ops") else {}, []
+    compiled = torch.compile(_step, dynamic=False, fullgraph=True)
+    def step(*given):
+        if broken: return _step(*given)
+        try:
+            with _dynamo.config.patch(**option): return compiled(*given)
+        except Exception as error:
+            broken.append(error)
+            return _step(*given)
+    return step
+
+# %% ../nbs/30_pgd.ipynb #f2cd8aa4
+def _fuse(given, wanted): # the arguments of a step, and the gradient it found
+    "The compiled step if it finds the same gradient; else the step itself."
+    found = _compile_step()(*given)[1]
+    return _compile_step() if (found - wanted).abs().max() <= 1e-4 * wanted.abs().max() else _step
+
+# %% ../nbs/30_pgd.ipynb #d61e41b5
 def ascend(
     objective:Callable, # points (N, C, H, W) -> values to be raised, (N,)
     images:torch.Tensor, # centres of the balls, (N, C, H, W) in [0,1]
@@ -73,17 +103,16 @@ def ascend(
     step_size:float, # length of a step in the norm of the ball
     start:torch.Tensor=None, # first points; the images themselves if not given
     decay:float=0., # share of the accumulated gradient kept at each step; 0: no momentum
+    compiled:bool=False, # whether the steps after the first two run as one compiled piece
 ) -> torch.Tensor: # the last points, (N, C, H, W), without graph
     "Projected gradient ascent, the one loop behind every attack. Inputs are checked by the callers."
     project, velocity = ball.projection(images), 0.
     points = (images if start is None else start).detach().clone()
-    for _ in range(steps):
-        with torch.enable_grad():
-            points.requires_grad_()
-            gradient, = torch.autograd.grad(objective(points).sum(), points)
-        with torch.no_grad():
-            if decay: gradient = velocity = decay * velocity + gradient
-            points = project(ball.step(points, gradient, step_size))
+    with torch.enable_grad():
+        for k in range(steps):
+            given = objective, ball, project, points.requires_grad_(), velocity, step_size, decay
+            points, velocity = fused(*given) if compiled and k > 1 else _step(*given)
+            if compiled and k == 1: fused = _fuse(given, velocity)
     return points.detach()
 
 # %% ../nbs/30_pgd.ipynb #1bb492f0
@@ -120,7 +149,7 @@ def check_attack(
     check_labels(labels, len(images), logits.shape[1])
     return eps
 
-# %% ../nbs/30_pgd.ipynb #d16e0762
+# %% ../nbs/30_pgd.ipynb #6e0aca0f
 def pgd(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits; normalisation is its first layer
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -135,6 +164,7 @@ def pgd(
     decay:float=0., # momentum, see `ascend`
     loss_scale:float=1., # factor on the loss of each image; matters only where gradients underflow
     generator:torch.Generator=None, # source of the random start
+    compiled:bool=False, # whether the steps run as one compiled piece: for long attacks, see `ascend`
 ) -> torch.Tensor: # adversarial images, (N, C, H, W); the last iterate
     "Projected gradient descent (Madry et al. 2018; Table 1: 200 steps of 0.01, no random start). ValueError for bad input."
     network = fold(model, frozen=True)
@@ -144,7 +174,7 @@ def pgd(
         ball = BALLS[str(norm)](eps)
         start = ball.random_start(images, generator) if random_start else None
         return ascend(label_objective(network, labels, targeted=targeted, scale=loss_scale), images, ball,
-                      steps=steps, step_size=parse_fraction(step_size, "step_size"), start=start, decay=decay)
+                      steps=steps, step_size=parse_fraction(step_size, "step_size"), start=start, decay=decay, compiled=compiled)
 
 # %% ../nbs/30_pgd.ipynb #86f4c16a
 def fgsm(

@@ -59,7 +59,7 @@ class RandomStarts:
     def start(self, place, images, ball): return ball.random_start(images, self.generators["noise"])
     def keep(self, place, images, perturbed): return {}
 
-# %% ../nbs/41_training.ipynb #20c419aa
+# %% ../nbs/41_training.ipynb #5de99a11
 def find_perturbed(
     model:nn.Module, # the network being trained
     images:torch.Tensor, # (N, C, H, W)
@@ -71,6 +71,7 @@ def find_perturbed(
     step_size:float, # length of an inner step
     generator:torch.Generator=None, # source of a random start
     start:Callable=None, # ball -> first points; if not given a uniform random start
+    compiled:bool=False, # whether the steps run as one compiled piece, see `ascend`
 ) -> torch.Tensor: # x', (N, C, H, W); the images themselves while eps is 0 or the method has no attack
     "The inner maximisation: sign steps up the method's objective, from a point of the ball."
     if eps == 0: return images
@@ -79,7 +80,7 @@ def find_perturbed(
         climb, ball = method.climb(network, images, labels), Linf(eps)
         if climb is None: return images
         first = ball.random_start(images, generator) if start is None else start(ball)
-        return ascend(climb, images, ball, steps=steps, step_size=step_size, start=first)
+        return ascend(climb, images, ball, steps=steps, step_size=step_size, start=first, compiled=compiled)
 
 # %% ../nbs/41_training.ipynb #9ef9a469
 @contextlib.contextmanager
@@ -164,7 +165,7 @@ def join_team(): # an accelerate.Accelerator, or None
     from accelerate import Accelerator
     return Accelerator()
 
-# %% ../nbs/41_training.ipynb #2a88f26b
+# %% ../nbs/41_training.ipynb #35fbd163
 def _take_step(run, index, labels, method, settings, radius, rate, team):
     "Attack one batch and descend the loss at it once; counts the step. FloatingPointError if the loss is not finite."
     began, share = time.monotonic(), team.share(len(index))
@@ -172,7 +173,7 @@ def _take_step(run, index, labels, method, settings, radius, rate, team):
     images, labels = batch[share], labels[share]
     lower = partial(lower_precision, settings["precision"], labels.device)
     with lower(): perturbed = find_perturbed(run.model, images, labels, method, eps=radius, steps=settings["inner_steps"],
-                                             step_size=settings["inner_step_size"], start=lambda ball: run.source.start(place, batch, ball)[share])
+                                             step_size=settings["inner_step_size"], compiled=settings["compiled"], start=lambda ball: run.source.start(place, batch, ball)[share])
     numbers = run.source.keep(place, images, perturbed)
     with borrowed_chance(run.generators["dropout"], labels.device), lower():
         loss = method.loss(fold(run.model), images, perturbed, labels).mean() * (len(images) / len(batch))
@@ -268,7 +269,7 @@ def _describe_method(method):
     maps = getattr(method, "maps_from", None) # None: of the network's own CAMs
     return terms + [method.gamma, method.normalisation] + ([] if maps is None else [maps.__name__])
 
-# %% ../nbs/41_training.ipynb #b81ff01c
+# %% ../nbs/41_training.ipynb #3d001feb
 def _fingerprint_run(run, method, settings, images):
     "The fingerprint of a run: all that decides its numbers, but for the number of epochs."
     more = {"n": len(images), "shape": images.shape[1:], "method": _describe_method(method)}
@@ -276,10 +277,10 @@ def _fingerprint_run(run, method, settings, images):
     adam = torch.optim.Adam([torch.zeros(1)])
     if type(run.optimiser) is not torch.optim.Adam or any(adam.defaults[name] != value for name, value in rule.items()):
         more["optimiser"] = [type(run.optimiser).__name__, rule]
-    usual = {"drop_last": True, "precision": "float32"} # not named, so that the states of older runs are still known
+    usual = {"drop_last": True, "precision": "float32", "compiled": False} # not named, so that the states of older runs are still known
     return fingerprint({name: value for name, value in settings.items() if usual.get(name) != value} | more | run.source.settings)
 
-# %% ../nbs/41_training.ipynb #91bf0405
+# %% ../nbs/41_training.ipynb #4f21d414
 def train(
     model:nn.Module, # network to be trained in place: images in [0,1] -> logits
     images:torch.Tensor, # training images, (N, C, H, W) in [0,1]; moved to the model's device once
@@ -302,11 +303,12 @@ def train(
     source:Callable=RandomStarts, # images, seed -> source of batches and of the points where climbs start
     drop_last:bool=True, # whether the last batch of an epoch is left out where it is not full
     precision:str="float32", # of convolutions and products: float32 or bfloat16
+    compiled:bool=False, # whether the inner steps run as one compiled piece: for long runs, see `ascend`
     accelerator=None, # an accelerate.Accelerator, where several processes train one network; None: this one alone
 ) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, seconds, what the source says and what evaluate returned
     "Train a network by a method of Table 1. Resumes exactly: on a CPU a killed and resumed run ends with the same bits."
     settings = dict(batch_size=batch_size, learning_rate=[list(pair) for pair in learning_rate], eps=eps, eps_ramp=list(eps_ramp), inner_steps=inner_steps,
-                    inner_step_size=inner_step_size, seed=seed, drop_last=drop_last, precision=precision)
+                    inner_step_size=inner_step_size, seed=seed, drop_last=drop_last, precision=precision, compiled=compiled)
     settings, device = _check_training(model, images, labels, epochs, settings), next(model.parameters()).device
     run = Run(model, optimiser(model.parameters()), source(images.to(device), seed), seed)
     known = _fingerprint_run(run, method, settings, images)

@@ -1,4 +1,8 @@
 """Attacks: known answers, laws, other libraries' results, and what happens to bad input."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -163,3 +167,35 @@ def test_bad_input_gets_one_line_with_the_remedy(trained, batch, change, message
     with pytest.raises((ValueError, TypeError)) as error:
         pgd(good.pop("model"), good.pop("images"), good.pop("labels"), **good)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --- compiled steps ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [{}, {"decay": 1.0}, {"norm": 2, "eps": 2.0, "step_size": 0.1}])
+def test_compiled_steps_end_at_the_same_points(trained, batch, options):
+    settings = {"eps": 0.2, "steps": 8, "step_size": 0.03} | options
+    plain, fused = (pgd(trained, batch.images, batch.labels, **settings, compiled=compiled) for compiled in (False, True))
+    assert ((plain - fused).abs() < 1e-4).float().mean() > 0.999 and not torch.equal(fused, batch.images)
+
+
+@pytest.mark.parametrize("method", ["adv", "int", "ig_norm"])
+def test_a_compiled_inner_attack_is_the_same_attack(trained, batch, method):
+    from robustint.objectives import make_method
+    from robustint.training import find_perturbed
+
+    plain, fused = (find_perturbed(trained, batch.images, batch.labels, make_method(method), eps=0.2, steps=5, step_size=0.05, generator=make_generator(0), compiled=compiled) for compiled in (False, True))
+    assert ((plain - fused).abs() < 1e-4).float().mean() > 0.99  # a gradient of about zero has no certain sign
+
+
+def test_without_a_compiler_the_steps_are_taken_as_they_are(tmp_path):
+    program = """if True:
+        import torch
+        from robustint.models import make_model
+        from robustint.pgd import pgd
+        from robustint.core import make_generator
+        model, x, y = make_model("small", channels=1, generator=make_generator(0)), torch.rand(5, 1, 28, 28), torch.arange(5)
+        a, b = (pgd(model, x, y, eps=0.2, steps=4, step_size=0.1, compiled=compiled) for compiled in (False, True))
+        assert torch.equal(a, b)"""
+    environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
