@@ -3,6 +3,7 @@
 # Every target makes the environment it needs, once, and uses it again the next time.
 
 VENV ?= .venv
+EXTRA ?= dev
 JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce lab test test-full export hooks clean
+.PHONY: help setup reproduce lab test test-full bench export hooks clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3.11]"; echo
@@ -31,6 +32,12 @@ test: $(READY) ## run every notebook and the tests, on JOBS=2 processes
 
 test-full: $(READY) ## run the long tests: kills, fuzzing, whole data sets, released networks
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m full $(ARGS)
+
+bench: ## measure speed beside other implementations, in an environment of its own (.venv-peers); figures/benchmarks.md
+	@$(MAKE) --no-print-directory setup VENV=.venv-peers EXTRA=peers
+	@for script in attacks maps ranks training scaling; do echo; echo "benchmarks/$$script.py"; \
+	    .venv-peers/bin/python benchmarks/$$script.py --scale short $(ARGS) || exit 1; done
+	@.venv-peers/bin/python benchmarks/report.py --scale short $(ARGS)
 
 export: $(READY) ## write the package and the README from the notebooks, and clean the notebooks
 	$(BIN)/jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/experiments/*.ipynb
@@ -58,5 +65,5 @@ $(READY): settings.ini setup.py pyproject.toml
 	    "install the package python3-venv (Debian, Ubuntu: apt install python3-venv) and run make again" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON): once, about 2 minutes and 6 GB."
 	@"$(PYTHON)" -m venv $(VENV)
-	@$(BIN)/python -m pip install --editable ".[dev]"
+	@$(BIN)/python -m pip install --editable ".[$(EXTRA)]"
 	@touch $@
