@@ -54,7 +54,7 @@ def make(case):
     x, y, model = x.to(case["device"]), y.to(case["device"]), load_network(**case)[0].to(case["device"])
     ours = partial(pgd, images=x, labels=y, eps=case["eps"], steps=case["steps"], step_size=case["step_size"])
     contestants = {"robustint": partial(ours, model, compiled=True), "robustint, not compiled": partial(ours, model), "robustint, unfolded": partial(ours, Unfolded(model))}
-    usual = PlainSmall(model).requires_grad_(False) if case["dataset"] == "mnist" else model
+    usual = PlainSmall(model).requires_grad_(False).eval() if case["dataset"] == "mnist" else model
     for name in case["peers"]:
         if not find_missing([name]):
             contestants[name] = PREPARE[name](usual, x, y, case)

@@ -6,14 +6,14 @@
 __all__ = ['draw_targets', 'protocol_targets', 'protocol_draws', 'check_aai', 'climb', 'topk_objective', 'topk_attack',
            'discrepancy_attack', 'map_stability']
 
-# %% ../nbs/32_aai.ipynb #8d8ca73d
+# %% ../nbs/32_aai.ipynb #13afa8e2
 from collections.abc import Callable
 
 import numpy
 import torch
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels, check_logits, parse_fraction
+from .checks import check_eps, check_images, check_labels, check_logits, check_steps
 from .data import Dataset
 from .discrepancy import kendall_tau, topk_overlap
 from .isa import class_set, map_distance, map_source
@@ -76,7 +76,7 @@ def check_aai(
         raise ValueError(f"start must be of the shape of the images, {tuple(images.shape)}; got {tuple(start.shape)}: give one perturbation an image, as protocol_draws does")
     return logits.shape[1]
 
-# %% ../nbs/32_aai.ipynb #8149d2d6
+# %% ../nbs/32_aai.ipynb #b89a7e67
 def climb(
     objective:Callable, # points -> values to be raised, (N,)
     images:torch.Tensor, # centres of the balls, (N, C, H, W) in [0,1]
@@ -88,12 +88,13 @@ def climb(
     generator:torch.Generator=None, # source of the start
 ) -> torch.Tensor: # the last points, (N, C, H, W)
     "Ascent in the l-infinity ball from a random start; eps = 0 returns the images."
+    length = check_steps(steps, step_size)
     if eps == 0: return images.clone()
     ball = Linf(eps)
     first = ball.random_start(images, generator) if start is None else ball.projection(images)(images + start)
-    return ascend(objective, images, ball, steps=steps, step_size=parse_fraction(step_size, "step_size"), start=first)
+    return ascend(objective, images, ball, steps=steps, step_size=length, start=first)
 
-# %% ../nbs/32_aai.ipynb #820584e7
+# %% ../nbs/32_aai.ipynb #38d453bb
 def topk_objective(
     network:nn.Module, # classifier with logits as output, weights frozen
     images:torch.Tensor, # benign images, (N, C, H, W) in [0,1]
@@ -106,7 +107,7 @@ def topk_objective(
     flat = lambda points: explain(points, labels[:, None])[1].flatten(1)
     with torch.no_grad(): logits, benign = explain(images, labels[:, None])
     positions = benign[0].numel()
-    if not 1 <= k <= positions: raise ValueError(f"k must be from 1 to {positions}, the number of positions; got {k}")
+    if int(k) != k or not 1 <= k <= positions: raise ValueError(f"k must be from 1 to {positions}, the number of positions; got {k}")
     top = benign.flatten(1).topk(k).indices
     if interpreter != "cam": return lambda points: -flat(points).gather(1, top).sum(1)
     weights = benign.new_zeros(len(images), logits.shape[1], positions)
@@ -160,7 +161,7 @@ def discrepancy_attack(
         return climb(lambda points: map_distance(benign, explain(points, chosen)[1], norm=norm), images,
                      eps=eps, steps=steps, step_size=step_size, start=start, generator=generator)
 
-# %% ../nbs/32_aai.ipynb #0e312cce
+# %% ../nbs/32_aai.ipynb #42867d88
 def map_stability(
     model:nn.Module, # the classifier attacked
     images:torch.Tensor, # benign images, (N, C, H, W)
@@ -170,9 +171,12 @@ def map_stability(
     k:int=8, # how many of the largest positions
     interpreter:str|Callable="cam", # see isa.map_source
 ) -> tuple: # Kendall's tau (N,); share of the k largest positions that stay among them (N,); kept (N,) bool: the predicted class did not change
-    "What Table 3 is made of: the order of the positions that survived, image by image."
+    "What Table 3 is made of: the order of the positions that survived, image by image. ValueError for bad input."
     network = fold(model, frozen=True)
     explain = map_source(network, interpreter)
+    check_images(attacked, name="attacked")
+    if attacked.shape != images.shape: raise ValueError(f"attacked must be of the shape of the images, {tuple(images.shape)}; got {tuple(attacked.shape)}: give one attacked image an image")
     with evaluation_mode(network):
+        check_aai(network, images, labels)
         (before, benign), (after, moved) = (tuple(part.detach() for part in explain(points, labels[:, None])) for points in (images, attacked))
     return kendall_tau(benign[:, 0], moved[:, 0]), topk_overlap(benign[:, 0], moved[:, 0], k), before.argmax(1) == after.argmax(1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'draw_views', 'view_places', 'PerturbedSet', 'Natural', 'Adversarial', 'Trades', 'scaled_step', 'train_atta']
 
-# %% ../nbs/42_atta.ipynb #77182776
+# %% ../nbs/42_atta.ipynb #48b403e0
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import parse_fraction
-from .core import make_generator
+from .core import make_generator, widen
 from .pgd import label_objective
 from .training import check_rates, check_whole, train
 
@@ -81,7 +81,7 @@ class PerturbedSet:
             stored[index] = frames
         return {"moved": (perturbed - images).abs().mean().item()}
 
-# %% ../nbs/42_atta.ipynb #7042520f
+# %% ../nbs/42_atta.ipynb #f5866fb6
 class Natural:
     "CE(x), and nothing to climb: natural training."
 
@@ -89,9 +89,9 @@ class Natural:
 
     def loss(self, network, images, perturbed, labels):
         "Per image, (N,)."
-        return F.cross_entropy(network(images), labels, reduction="none")
+        return F.cross_entropy(widen(network(images)), labels, reduction="none")
 
-# %% ../nbs/42_atta.ipynb #a584d6e7
+# %% ../nbs/42_atta.ipynb #89a86873
 class Adversarial:
     "CE(x'), climbed and descended (Madry et al. 2018)."
 
@@ -99,9 +99,9 @@ class Adversarial:
 
     def loss(self, network, images, perturbed, labels):
         "Per image, (N,)."
-        return F.cross_entropy(network(perturbed), labels, reduction="none")
+        return F.cross_entropy(widen(network(perturbed)), labels, reduction="none")
 
-# %% ../nbs/42_atta.ipynb #e25d1a47
+# %% ../nbs/42_atta.ipynb #d3376446
 class Trades(Adversarial):
     "CE(x) + beta KL; the attack climbs CE(x'). ValueError for a beta below 0."
 
@@ -111,7 +111,7 @@ class Trades(Adversarial):
 
     def loss(self, network, images, perturbed, labels):
         "Per image, (N,)."
-        after, logits = network(perturbed).log_softmax(1), network(images)
+        after, logits = widen(network(perturbed)).log_softmax(1), widen(network(images))
         kl = F.kl_div(after, logits.log_softmax(1), reduction="none", log_target=True).sum(1)
         return F.cross_entropy(logits, labels, reduction="none") + self.beta * kl
 

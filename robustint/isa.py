@@ -7,7 +7,7 @@ __all__ = ['CLASS_SETS', 'target_margin', 'class_set', 'double_head', 'map_sourc
            'per_image', 'sneak', 'smallest_radii', 'largest_weights', 'Sneaking', 'isa', 'normalised_discrepancy',
            'usable_attacks', 'running_best', 'normalised_slope', 'SneakingReport', 'report_sneaking', 'mean_interval']
 
-# %% ../nbs/31_isa.ipynb #4a7aaa29
+# %% ../nbs/31_isa.ipynb #0929ebf4
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attributions import INTERPRETERS, class_maps
-from .checks import check_eps, check_images, check_labels, check_logits
+from .checks import check_eps, check_images, check_labels, check_logits, check_steps
 from .discrepancy import class_distances, kendall_tau, pearson
 from .interpreters import gap_network, pick_classes
 from .models import Folded, evaluation_mode, fold
@@ -129,7 +129,7 @@ def per_image(
     if not (values.isfinite() & (values >= 0)).all(): raise ValueError(f"radii and weights must be 0 or more and finite; got {values.min():g} to {values.max():g}")
     return values
 
-# %% ../nbs/31_isa.ipynb #9bfc39b5
+# %% ../nbs/31_isa.ipynb #a04d7fd5
 def sneak(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -147,8 +147,9 @@ def sneak(
     benign:torch.Tensor=None, # maps of the images for these classes, (N, m, h, w), where a search has them already
 ) -> torch.Tensor: # attacked images, (N, C, H, W)
     "Interpretability sneaking attack at one radius and weight (eq. 6). ValueError for bad input."
-    count = check_sneak(model, images, labels, targets, n)
+    count, step_size = check_sneak(model, images, labels, targets, n), check_steps(steps, step_size)
     radii = per_image(eps if isinstance(eps, torch.Tensor) else check_eps(eps), images)
+    if radii.max() > 2: raise ValueError(f"eps is a fraction of the pixel range [0,1]; got radii up to {radii.max():g}: divide by 255") # a search goes up to twice the whole range
     chosen = class_set(classes, labels, targets, count)
     network, explain = fold(model, frozen=True), map_source(model, interpreter)
     weights = per_image(weight, images)
@@ -160,7 +161,7 @@ def sneak(
         with torch.no_grad(): benign = explain(images, chosen)[1] if weights.any() and benign is None else benign
         return ascend(sneaking if weights.any() else plain, images, ClippedStep(radii[:, None, None, None], n), steps=steps, step_size=step_size)
 
-# %% ../nbs/31_isa.ipynb #99878d29
+# %% ../nbs/31_isa.ipynb #afc89f50
 def smallest_radii(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -172,6 +173,7 @@ def smallest_radii(
     steps:int=10, # of each attack
 ) -> tuple: # radii (N,), infinite where no try succeeded; and the images of the smallest success, (N, C, H, W)
     "Minimum-eps plain attack on the margin (first part of ISA's search, Section 3)."
+    if bisections < 1: raise ValueError(f"bisections must be 1 or more; got {bisections}: one try finds out whether the first radius will do")
     network = fold(model, frozen=True)
     def attack(radii):
         points = sneak(network, images, labels, targets, eps=radii.flatten(), weight=0., n=n, steps=steps)
@@ -238,16 +240,16 @@ def isa(
     weights = torch.stack([weights for weights, _ in found]) if found else images.new_zeros(0, len(images))
     return Sneaking(radii, weights, torch.stack([points] + [points for _, points in found]))
 
-# %% ../nbs/31_isa.ipynb #c64c7e4f
+# %% ../nbs/31_isa.ipynb #e04b1ad7
 def normalised_discrepancy(
     benign:torch.Tensor, # maps before the attack, (N, m, h, w)
     perturbed:torch.Tensor, # maps after it, the same shape
     *,
     norm:int=1, # 1 or 2
-) -> torch.Tensor: # (N,); without unit, whatever the scale of the maps
+) -> torch.Tensor: # (N,); without unit, whatever the scale of the maps; NaN where a benign map is flat
     "Discrepancy of maps in units of the benign map's range (Fig. 2, Appendix B)."
-    flat = benign.flatten(2)
-    return (class_distances(benign, perturbed, norm=norm) / (flat.amax(2) - flat.amin(2))).mean(1)
+    extent = benign.flatten(2).amax(2) - benign.flatten(2).amin(2)
+    return (class_distances(benign, perturbed, norm=norm) / torch.where(extent > 0, extent, torch.nan)).mean(1)
 
 # %% ../nbs/31_isa.ipynb #abd57906
 def usable_attacks(
@@ -268,18 +270,18 @@ def running_best(
     "Index of the smallest usable discrepancy so far."
     return torch.where(usable, values, torch.inf).cummin(0).indices
 
-# %% ../nbs/31_isa.ipynb #6b1f7a15
+# %% ../nbs/31_isa.ipynb #ef1db87c
 def normalised_slope(
     values:torch.Tensor, # discrepancies after the running minimum, by increasing radius, (K, N)
     eps:torch.Tensor, # l-infinity length of each perturbation, (K, N)
     usable:torch.Tensor, # whether the attack counts, (K, N) bool
-) -> torch.Tensor: # (N,), 0 where the discrepancy never falls; NaN where fewer than two attacks count, or the radius did not grow
+) -> torch.Tensor: # (N,), 0 where the discrepancy never falls; NaN where fewer than two attacks count, or the radius grew by less than a twentieth
     "Relative fall of the discrepancy for a relative growth of the radius (Fig. 2, Appendix B)."
     order = torch.arange(len(values), device=values.device)[:, None].expand_as(values)
     first, last = torch.where(usable, order, len(values) - 1).amin(0), torch.where(usable, order, 0).amax(0)
     ends = lambda table: (table.gather(0, first[None])[0], table.gather(0, last[None])[0])
     (d0, d1), (e0, e1) = ends(values), ends(eps)
-    return torch.where((usable.sum(0) > 1) & (e1 > e0), ((d0 - d1) / d0) / ((e1 - e0) / e0), torch.nan)
+    return torch.where((usable.sum(0) > 1) & (e1 > 1.05 * e0), ((d0 - d1) / d0) / ((e1 - e0) / e0), torch.nan)
 
 # %% ../nbs/31_isa.ipynb #5f8fd57d
 @dataclass

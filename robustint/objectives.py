@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Pair', 'clean_loss', 'adversarial_loss', 'divergence', 'two_class_term', 'one_class_term',
            'attribution_norm', 'Method', 'make_method']
 
-# %% ../nbs/40_objectives.ipynb #52195e34
+# %% ../nbs/40_objectives.ipynb #d0705828
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from .attributions import WithIntegratedGradients
+from .core import widen
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
 
-# %% ../nbs/40_objectives.ipynb #f1cb98a7
+# %% ../nbs/40_objectives.ipynb #738c8db0
 class Pair:
     "Logits and maps of clean images x and perturbed images x', computed when first asked for."
 
@@ -27,7 +28,9 @@ class Pair:
 
     def views(self, images):
         "Logits, and maps (without the 1/u) where they are wanted, in one pass."
-        return self.network.logits_and_cams(images) if self.maps else (self.network(images), None)
+        if not self.maps: return widen(self.network(images)), None
+        logits, cams = self.network.logits_and_cams(images)
+        return widen(logits), widen(cams)
 
     @property
     def both(self):
@@ -82,7 +85,7 @@ def _paper_scale(term, positions):
     "What turns a term in the code's scale into the paper's: 1/(2u) for two classes, 1/u for one."
     return {two_class_term: 1 / (2 * positions), one_class_term: 1 / positions}[term]
 
-# %% ../nbs/40_objectives.ipynb #6ea55fdf
+# %% ../nbs/40_objectives.ipynb #0236b918
 def attribution_norm(
     pair:Pair, # images and perturbed images, seen by a network
     points:int=5, # of the path from x to x'
@@ -92,7 +95,7 @@ def attribution_norm(
     shares = torch.arange(1, points + 1, device=offset.device, dtype=offset.dtype).view(-1, 1, 1, 1, 1) / points
     path = (pair.images + shares * offset).flatten(0, 1)
     if not path.requires_grad: path.requires_grad_()
-    loss = F.cross_entropy(pair.network(path), pair.labels.repeat(points), reduction="sum") / n
+    loss = F.cross_entropy(widen(pair.network(path)), pair.labels.repeat(points), reduction="sum") / n
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 

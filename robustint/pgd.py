@@ -6,7 +6,7 @@
 __all__ = ['BALLS', 'Linf', 'L2', 'ascend', 'label_objective', 'check_attack', 'pgd', 'fgsm', 'momentum_pgd', 'flush_denormals',
            'minimum_eps']
 
-# %% ../nbs/30_pgd.ipynb #487194bd
+# %% ../nbs/30_pgd.ipynb #99334da2
 import contextlib
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels, check_logits, parse_fraction
+from .checks import check_eps, check_images, check_labels, check_logits, check_steps, parse_fraction
+from .core import widen
 from .models import evaluation_mode, fold
 
 # %% ../nbs/30_pgd.ipynb #d0112028
@@ -115,7 +116,7 @@ def ascend(
             if compiled and k == 1: fused = _fuse(given, velocity)
     return points.detach()
 
-# %% ../nbs/30_pgd.ipynb #1bb492f0
+# %% ../nbs/30_pgd.ipynb #63e4d092
 def label_objective(
     model:nn.Module, # classifier with logits as output
     labels:torch.Tensor, # true labels, or with `targeted` the wanted ones, (N,)
@@ -125,12 +126,12 @@ def label_objective(
 ) -> Callable: # points -> values, (N,)
     "The cross-entropy of the labels as something to climb."
     sign = -scale if targeted else scale
-    return lambda points: sign * F.cross_entropy(model(points), labels, reduction="none")
+    return lambda points: sign * F.cross_entropy(widen(model(points)), labels, reduction="none")
 
 # %% ../nbs/30_pgd.ipynb #bac3ab1e
 BALLS = {"inf": Linf, "2": L2}
 
-# %% ../nbs/30_pgd.ipynb #bab0868c
+# %% ../nbs/30_pgd.ipynb #7401c862
 def check_attack(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -142,14 +143,14 @@ def check_attack(
     "The checks every attack makes on entry; returns eps as a number. ValueError with the remedy."
     check_images(images, channels=getattr(model, "channels", None))
     if str(norm) not in BALLS: raise ValueError(f"norm must be 'inf' or 2; got {norm!r}")
-    if steps < 0 or int(steps) != steps: raise ValueError(f"steps must be a whole number, 0 or more; got {steps!r}")
+    check_steps(steps)
     eps = check_eps(eps) if str(norm) == "inf" else parse_fraction(eps, "eps")
     with torch.no_grad(): logits = model(images[:2])
     check_logits(logits, min(len(images), 2))
     check_labels(labels, len(images), logits.shape[1])
     return eps
 
-# %% ../nbs/30_pgd.ipynb #6e0aca0f
+# %% ../nbs/30_pgd.ipynb #0573d282
 def pgd(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits; normalisation is its first layer
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -174,7 +175,7 @@ def pgd(
         ball = BALLS[str(norm)](eps)
         start = ball.random_start(images, generator) if random_start else None
         return ascend(label_objective(network, labels, targeted=targeted, scale=loss_scale), images, ball,
-                      steps=steps, step_size=parse_fraction(step_size, "step_size"), start=start, decay=decay, compiled=compiled)
+                      steps=steps, step_size=check_steps(steps, step_size), start=start, decay=decay, compiled=compiled)
 
 # %% ../nbs/30_pgd.ipynb #86f4c16a
 def fgsm(

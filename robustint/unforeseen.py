@@ -7,7 +7,7 @@ __all__ = ['UNITS', 'ATTACKS', 'Box', 'CappedL2', 'CappedL1', 'gabor_kernels', '
            'place_streaks', 'Flakes', 'FreeFlakes', 'Snow', 'grow_landscape', 'Fog', 'Coefficients',
            'move_coefficients', 'Unforeseen', 'check_unforeseen', 'unforeseen']
 
-# %% ../nbs/33_unforeseen.ipynb #7ff1500f
+# %% ../nbs/33_unforeseen.ipynb #443dc89d
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import parse_fraction
+from .checks import check_steps
 from .jpeg import decode, encode
 from .models import evaluation_mode, fold
 from .pgd import L2, Linf, ascend, check_attack, label_objective
@@ -335,7 +335,7 @@ def check_unforeseen(
         raise ValueError(f"{attack} takes grey or colour images, 1 or 3 channels; got {images.shape[1]}: choose gabor or fog")
     return eps
 
-# %% ../nbs/33_unforeseen.ipynb #38848cbd
+# %% ../nbs/33_unforeseen.ipynb #aafea535
 def unforeseen(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits
     images:torch.Tensor, # (N, C, H, W) in [0,1], grey or colour
@@ -356,6 +356,6 @@ def unforeseen(
         corrupt = ATTACKS[attack].corruption(images, eps, generator)
         start = corrupt.ball.random_start(corrupt.centre, generator)
         objective = label_objective(network, labels, targeted=targeted)
-        step_size = eps / max(steps, 1) ** 0.5 if step_size is None else parse_fraction(step_size, "step_size")
+        step_size = eps / max(steps, 1) ** 0.5 if step_size is None else check_steps(steps, step_size)
         variables = ascend(lambda points: objective(corrupt(points)), corrupt.centre, corrupt.ball, steps=steps, step_size=step_size, start=start)
         with torch.no_grad(): return corrupt(variables)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['neuron_objective', 'visualise', 'coarse_share']
 
-# %% ../nbs/34_visualisation.ipynb #3204541b
+# %% ../nbs/34_visualisation.ipynb #bb9910a3
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_images, parse_fraction
+from .checks import check_images, check_steps, parse_fraction
 from .interpreters import gap_network, recording, with_head
 from .models import evaluation_mode, fold
 from .pgd import L2, ascend
@@ -41,7 +41,7 @@ def neuron_objective(
         return outputs[0][:, neuron].mean((1, 2))
     return value
 
-# %% ../nbs/34_visualisation.ipynb #877edd1d
+# %% ../nbs/34_visualisation.ipynb #59d1b894
 def visualise(
     model:nn.Module, # any classifier
     images:torch.Tensor, # seed images, (N, C, H, W) in [0,1]
@@ -56,7 +56,7 @@ def visualise(
     check_images(images, channels=getattr(model, "channels", None))
     radius = images[0].numel() ** 0.5 if eps is None else parse_fraction(eps, "eps")
     with evaluation_mode(model):
-        return ascend(neuron_objective(model, neuron, layer=layer), images, L2(radius), steps=steps, step_size=parse_fraction(step_size, "step_size"))
+        return ascend(neuron_objective(model, neuron, layer=layer), images, L2(radius), steps=steps, step_size=check_steps(steps, step_size))
 
 # %% ../nbs/34_visualisation.ipynb #1b0032fd
 def coarse_share(

@@ -257,3 +257,16 @@ def test_the_params_file_names_parameters_of_run_atta():
     blocks = yaml.safe_load((house.ROOT / "nbs/experiments/params/interpretgan.yaml").read_text(encoding="utf-8"))["atta"]
     unknown = {name for dataset in blocks.values() for block in dataset.values() for name in block} - set(known)
     assert not unknown and {"robust", "natural"} <= set(blocks["mnist"])
+
+
+def test_losses_in_lower_precision_look_at_wide_logits():
+    "Two almost equal predictions: their divergence is small, and never below 0."
+    from robustint.atta import LOSSES
+    from robustint.core import lower_precision
+
+    model, x = make_classifier("smallcnn", channels=1, classes=10, generator=make_generator(0)).eval(), torch.rand(64, 1, 32, 32, generator=make_generator(1))
+    y, near = torch.arange(64) % 10, (x + 0.01 * torch.randn(x.shape, generator=make_generator(2))).clamp(0, 1)
+    with lower_precision("bfloat16"), torch.no_grad():
+        natural, trades = LOSSES["normal"]().loss(model, x, near, y), LOSSES["trades"](6.0).loss(model, x, near, y)
+        assert model(x).dtype == torch.bfloat16 and natural.dtype == trades.dtype == torch.float32
+        assert (trades - natural >= -1e-6).all()
