@@ -261,7 +261,7 @@ def test_the_params_file_names_parameters_of_run_atta():
 
 def test_losses_in_lower_precision_look_at_wide_logits():
     "Two almost equal predictions: their divergence is small, and never below 0."
-    from robustint.atta import LOSSES
+    from robustint.classifiers import make_classifier
     from robustint.core import lower_precision
 
     model, x = make_classifier("smallcnn", channels=1, classes=10, generator=make_generator(0)).eval(), torch.rand(64, 1, 32, 32, generator=make_generator(1))
