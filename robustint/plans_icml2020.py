@@ -9,7 +9,7 @@ __all__ = ['plan_table1', 'plan_quick', 'plan_blocks', 'plan_together']
 from .jobs import Job, attack_id, nearest, training_id, training_label
 from .plans import change_parameters, make_job, places, read_params
 
-# %% ../nbs/83_plans_icml2020.ipynb #2b0ff7d2
+# %% ../nbs/83_plans_icml2020.ipynb #f1f1fba7
 def _attacks(
     table:dict, # a table of the params file
     scale:str, # "smoke", "quick", "short" or "paper"
@@ -23,11 +23,13 @@ def _attacks(
     attack = table["attack"] | table["scales"][scale]
     if "batch_size" in settings: attack = attack | {"batch_size": settings["batch_size"]}
     sample = settings.get("sample", {}) if scale == "short" else {}
-    jobs, groups = [], [[eps] for eps in settings["eps"]] if settings["one_run_per_eps"] and not sample else [settings["eps"]]
+    groups = [{"eps": [eps]} for eps in settings["eps"]] if settings["one_run_per_eps"] else [{"eps": settings["eps"]}]
+    if sample: groups = [sample | {"eps": settings["eps"]}, sample | settings["sample_clean"]]
+    jobs = []
     for group in groups:
-        named = {"dataset": dataset, **network, "eps": group, **attack, **sample, "scale": scale}
+        named = {"dataset": dataset, **network, **attack, **group, "scale": scale}
         parameters = change_parameters("run_pgd", named, changes)
-        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group, training_label(network.get("train_id")))
+        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group["eps"], training_label(network.get("train_id")))
         jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 

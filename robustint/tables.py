@@ -208,7 +208,7 @@ def write_blocks(
         parts.append(f"### {dataset}, {model}, {weights} weights\n\nn = {block['n'].iloc[0]} images, {' or '.join(map(str, seeds))} network(s) a cell.\n\n{rows}")
     return "\n\n".join(parts)
 
-# %% ../nbs/81_tables.ipynb #3a7538d3
+# %% ../nbs/81_tables.ipynb #c6b76a96
 def plot_table(
     table:pandas.DataFrame, # from compare
     *,
@@ -225,7 +225,7 @@ def plot_table(
         series = {m: (list(b["x"]), list(b["ours"]), list(b["low"]), list(b["high"])) for m, b in block.groupby("method", sort=False)}
         draw_curves(ax, series, xlabel="eps (fraction of the pixel range)", ylabel="accuracy (share of images)", styles=styles, title=f"{dataset}, {model}, {weights} weights")
         for method, b in block.groupby("method", sort=False):
-            ax.plot(b["x"], b["paper"], "o", color=COLOURS[styles[method] % len(COLOURS)], markerfacecolor="none", markersize=9, linewidth=0)
+            ax.plot(b["x"], b["paper"], MARKERS[styles[method] % len(MARKERS)], color=COLOURS[styles[method] % len(COLOURS)], markerfacecolor="none", markersize=10, linewidth=0)
         ax.set_ylim(-0.03, 1.03)
     for ax in axes.flat[len(groups):]: ax.set_axis_off()
     known = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
