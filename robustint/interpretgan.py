@@ -255,15 +255,16 @@ def explain_layers(
         parts.append({title: explainers[title](latent, scale, alpha) for title, latent in latents.items()})
     return {title: torch.cat([part[title] for part in parts]) for title in explainers}
 
-# %% ../nbs/61_interpretgan.ipynb #82cf8fe6
+# %% ../nbs/61_interpretgan.ipynb #813fc109
 def explain(
     model:nn.Module, # the classifier
     layer:str, # a title
     images:torch.Tensor, # (N, C, H, W) in [0,1]
     *,
-    explainers:dict, # Explainer by title
+    explainers:dict|str|Path, # Explainer by title, or the file of a saved set
 ) -> torch.Tensor: # explanations, (N, C, H, W) in [0,1]
-    "What a layer knows of the images, as images. ValueError for a layer without explainer."
+    "What a layer knows of the images, as images. ValueError for a layer without explainer, FileNotFoundError for a file that is not there."
+    if not isinstance(explainers, dict): explainers = {title: explainer.to(images.device) for title, explainer in load_explainers(explainers)[0].items()}
     if layer not in explainers: raise ValueError(f"there is no explainer for the layer {layer!r}: choose one of {', '.join(explainers)}")
     return explain_layers(model, images, {layer: explainers[layer]})[layer]
 
