@@ -33,10 +33,11 @@ test: $(READY) ## run every notebook and the tests, on JOBS=2 processes
 test-full: $(READY) ## run the long tests: kills, fuzzing, whole data sets, released networks
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m full $(ARGS)
 
-bench: ## measure speed beside other implementations, in an environment of its own (.venv-peers); figures/benchmarks.md
+bench: $(READY) ## measure speed beside other implementations, in an environment of its own (.venv-peers); figures/benchmarks.md
 	@$(MAKE) --no-print-directory setup VENV=.venv-peers EXTRA=peers
 	@for script in attacks maps ranks training scaling; do echo; echo "benchmarks/$$script.py"; \
 	    .venv-peers/bin/python benchmarks/$$script.py --scale short $(ARGS) || exit 1; done
+	@$(BIN)/python benchmarks/plan.py
 	@.venv-peers/bin/python benchmarks/report.py --scale short $(ARGS)
 
 export: $(READY) ## write the package and the README from the notebooks, and clean the notebooks

@@ -103,6 +103,14 @@ def table_of_growth(record):
     return to_markdown([["axis", "what", "from, to", "time, last / first", "exponent"], *rows])
 
 
+def table_of_plan(record):
+    "What `robustint plan` said, and what it took."
+    told, took = record["metrics"]["predicted"], record["metrics"]["measured"]
+    made, rows = record["parameters"], [[workers, f"{told[workers]:.0f}", f"{took[workers]:.0f}", f"{told[workers] / took[workers]:.2f}"] for workers in told]
+    return (to_markdown([["workers", "predicted (s)", "took (s)", "predicted / took"], *rows])
+            + f"\n\n`robustint reproduce {made['target']} --scale {made['scale']}`: {record['n']} runs and the report, predicted from the records of the run on one worker. Seconds of this machine.")
+
+
 def table_of_times(races):
     "Absolute times: of a GPU only, which is not shared."
     rows = [[f"{entry['title']}: {name}", f"{1e3 * sorted(seconds)[len(seconds) // 2]:.4g}"] for _, entry in races for name, seconds in entry["seconds"].items()]
@@ -139,6 +147,8 @@ def write_report(folder, figures, scale="short", device="cpu"):
              "## Memory", "Each contestant alone in a new process; the first call, with what libraries set up once.", table_of_memory(races)]
     if "scaling" in records:
         parts += ["## How cost grows", table_of_growth(records["scaling"]), "`networks`: each in a process and thread of its own, all at once."]
+    if device == "cpu" and (folder / "bench-plan.json").is_file():
+        parts += ["## Does a plan tell the truth?", table_of_plan(read_record(folder / "bench-plan.json"))]
     if device != "cpu":
         parts += ["## Times", table_of_times(races)]
     parts += ["## Measured on", "\n".join(map(describe_machine, records.values())), "\n".join(describe_race(entry) for _, entry in races)]
