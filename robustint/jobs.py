@@ -182,20 +182,19 @@ def papermill_line(
 # %% ../nbs/80_jobs.ipynb #5d2f9b78
 PLACES = ("records", "networks", "runs", "figures", "data", "device") # parameters that say where, not what
 
-# %% ../nbs/80_jobs.ipynb #1d93db0a
+# %% ../nbs/80_jobs.ipynb #aa5ad3eb
 def is_done(
     job:Job, # a job whose first output is its record
 ) -> bool: # True when nothing needs to be run
-    "Whether the record of a job is there, with the same parameters and the same network."
+    "Whether the record of a job is there, with the same parameters and the same networks."
     root = project_root()
     try: record = read_record(root/job.outputs[0])
     except (FileNotFoundError, ValueError): return False
     made = record["parameters"]
     if any(made[name] != value for name, value in job.parameters.items() if name in made and name not in PLACES): return False
-    networks = lambda names: [root/name for name in names if name.endswith(".safetensors") and (root/name).is_file()]
-    same = lambda files, key: all(sha256(file) == record["metrics"].get(key) for file in files)
-    trains = any(name.endswith(".safetensors") for name in job.outputs)
-    return same(networks(job.outputs), "network_sha256") and same(networks(job.inputs), "start_sha256" if trains else "network_sha256")
+    files = [root/name for name in (*job.outputs, *job.inputs) if name.endswith(".safetensors") and (root/name).is_file()]
+    seen = {value for name, value in record["metrics"].items() if name.endswith("sha256")} # of all networks it made or read
+    return all(sha256(file) in seen for file in files)
 
 # %% ../nbs/80_jobs.ipynb #debe1060
 def remaining(

@@ -303,6 +303,8 @@ def test_the_quick_job_at_smoke_scale_from_one_command(tmp_path, monkeypatch):
     assert code == 0, err
     assert "| Normal |" in out and "| Conv2 |" in out and "NOT the paper's numbers" in out
     page = (tmp_path / "figures/smoke/report.html").read_text()
+    code, out, err = run(*WHOLE)
+    assert code == 0 and "10 of 10 runs are done already" in err
     assert page.count("data:image/png;base64") == 4 and "src=\"http" not in page and "href=" not in page
 
 
