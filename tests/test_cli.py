@@ -8,12 +8,14 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import house
 import nbformat
@@ -23,7 +25,8 @@ import yaml
 from house import ROOT
 
 from robustint.cli import main
-from robustint.reproduce import TARGETS
+from robustint.jobs import describe_job
+from robustint.reproduce import TARGETS, plan
 
 BODY = '''
 import json, os, time
@@ -260,6 +263,22 @@ def test_runs_go_through_a_batch_system(project):
     code, out, err = run(*INT, "--profile", str(project / "profile"))
     assert code == 0, err
     assert len(records(project)) == 3 == len((project / "submitted").read_text().split())
+
+
+@pytest.mark.full
+def test_files_travel_through_a_bucket(project, tmp_path_factory):
+    "Where the nodes share no disk, networks and records go through storage, here a folder elsewhere."
+    pytest.importorskip("snakemake_storage_plugin_fs")
+    if shutil.which("rsync") is None:
+        pytest.skip("the storage plugin for folders copies with rsync, which is not installed")
+    bucket, jobs = tmp_path_factory.mktemp("bucket"), plan("quick", scale="smoke", methods=["int"])[0]
+    (project / "plan.json").write_text(json.dumps([describe_job(job) for job in jobs]))
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow/Snakefile"), "--directory", str(project), "--cores", "2", "--config", f"plan={project / 'plan.json'}",
+               "--default-storage-provider", "fs", "--default-storage-prefix", str(bucket), "--shared-fs-usage", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "PATH": f"{house.BIN}{os.pathsep}{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    there = {path.name for path in bucket.rglob("*") if path.is_file()}
+    assert {Path(output).name for job in jobs for output in job.outputs} <= there
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("profiles/*/config.yaml")))
