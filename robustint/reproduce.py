@@ -26,10 +26,10 @@ class Target:
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
-# %% ../nbs/90_reproduce.ipynb #ede30351
+# %% ../nbs/90_reproduce.ipynb #3fa44e98
 def _plan_main(scale, weights, datasets, methods, changes):
     first = plan_quick(scale, weights, datasets, methods, changes)
-    return first if methods or changes else [*first, *plan_diagnosis("quick_diagnosis", scale, ["trained"], datasets, None, {})]
+    return first if methods or changes else [*plan_diagnosis("quick_diagnosis", scale, ["trained"], datasets, None, {}), *first] # the longest chain begins first
 
 # %% ../nbs/90_reproduce.ipynb #5c03e199
 TARGETS = {
