@@ -108,7 +108,8 @@ def table_of_plan(record):
     told, took = record["metrics"]["predicted"], record["metrics"]["measured"]
     made, rows = record["parameters"], [[workers, f"{told[workers]:.0f}", f"{took[workers]:.0f}", f"{told[workers] / took[workers]:.2f}"] for workers in told]
     return (to_markdown([["workers", "predicted (s)", "took (s)", "predicted / took"], *rows])
-            + f"\n\n`robustint reproduce {made['target']} --scale {made['scale']}`: {record['n']} runs and the report, predicted from the records of the run on one worker. Seconds of this machine.")
+            + f"\n\n`robustint reproduce {made['target']} --scale {made['scale']}`: {record['n']} runs and the report, predicted from the records of the run on one worker, with {record['metrics']['start_seconds_assumed']:g} s assumed for each start; "
+            f"{record['metrics']['seconds_beside_the_record']:.1f} s were measured. Seconds of this machine.")
 
 
 def table_of_times(races):
