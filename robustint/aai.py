@@ -6,7 +6,7 @@
 __all__ = ['draw_targets', 'protocol_targets', 'protocol_draws', 'check_aai', 'climb', 'topk_objective', 'topk_attack',
            'discrepancy_attack', 'map_stability']
 
-# %% ../nbs/32_aai.ipynb #13afa8e2
+# %% ../nbs/32_aai.ipynb #37142dea
 from collections.abc import Callable
 
 import numpy
@@ -15,7 +15,7 @@ from torch import nn
 
 from .checks import check_eps, check_images, check_labels, check_logits, check_steps
 from .data import Dataset
-from .discrepancy import kendall_tau, topk_overlap
+from .discrepancy import check_k, kendall_tau, topk_overlap
 from .isa import class_set, map_distance, map_source
 from .models import evaluation_mode, fold, weigh_cams
 from .pgd import Linf, ascend
@@ -94,7 +94,7 @@ def climb(
     first = ball.random_start(images, generator) if start is None else ball.projection(images)(images + start)
     return ascend(objective, images, ball, steps=steps, step_size=length, start=first)
 
-# %% ../nbs/32_aai.ipynb #38d453bb
+# %% ../nbs/32_aai.ipynb #358ddf6d
 def topk_objective(
     network:nn.Module, # classifier with logits as output, weights frozen
     images:torch.Tensor, # benign images, (N, C, H, W) in [0,1]
@@ -107,7 +107,7 @@ def topk_objective(
     flat = lambda points: explain(points, labels[:, None])[1].flatten(1)
     with torch.no_grad(): logits, benign = explain(images, labels[:, None])
     positions = benign[0].numel()
-    if int(k) != k or not 1 <= k <= positions: raise ValueError(f"k must be from 1 to {positions}, the number of positions; got {k}")
+    check_k(k, positions)
     top = benign.flatten(1).topk(k).indices
     if interpreter != "cam": return lambda points: -flat(points).gather(1, top).sum(1)
     weights = benign.new_zeros(len(images), logits.shape[1], positions)

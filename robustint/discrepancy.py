@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['class_distances', 'discrepancy', 'two_class_discrepancy', 'proposition1_bound', 'soft_discrepancy', 'check_alike',
-           'kendall_tau', 'pearson', 'topk_overlap']
+           'kendall_tau', 'pearson', 'check_k', 'topk_overlap']
 
-# %% ../nbs/21_discrepancy.ipynb #fb67b8a8
+# %% ../nbs/21_discrepancy.ipynb #0c8bfa6f
+from numbers import Integral
+
 import torch
 
 from .checks import check_labels, check_logits
@@ -109,15 +111,16 @@ def _paired_tau(a, b): # rows of maps; counts are exact in double precision
     unknown = (a + b).isnan().any(0)
     return (sums[0] / (sums[1].sqrt() * sums[2].sqrt())).clamp(-1, 1).masked_fill(unknown, torch.nan)
 
-# %% ../nbs/21_discrepancy.ipynb #9d6208bb
+# %% ../nbs/21_discrepancy.ipynb #c1f5c7b4
 def kendall_tau(
     first:torch.Tensor, # maps, (N, ...)
     second:torch.Tensor, # maps of the same shape
-) -> torch.Tensor: # (N,) in [-1, 1]; NaN where a map is constant or holds NaN
+) -> torch.Tensor: # (N,) in [-1, 1]; NaN where a map is constant, or holds NaN or infinity
     "Kendall's tau-b of each pair of maps, as `scipy.stats.kendalltau` (Table 3). ValueError for maps of two shapes."
     from scipy.stats import kendalltau
     check_alike(first, second)
     a, b = (torch.as_tensor(maps).detach().flatten(1) for maps in (first, second))
+    a, b = (maps if maps.dtype in (torch.float32, torch.float64) else maps.double() for maps in (a, b)) # differences of bytes would wrap around
     if 1 < a.shape[1] <= 256: return _paired_tau(a, b).cpu()
     return torch.tensor([kendalltau(x, y).statistic for x, y in zip(_rows(a), _rows(b))], dtype=torch.float64)
 
@@ -131,7 +134,15 @@ def pearson(
     a, b = (m.flatten(1).double() - m.flatten(1).double().mean(1, keepdim=True) for m in (first, second))
     return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
 
-# %% ../nbs/21_discrepancy.ipynb #c09894ff
+# %% ../nbs/21_discrepancy.ipynb #64baea8e
+def check_k(
+    k:int, # how many of the largest positions
+    positions:int, # of a map
+) -> None:
+    "Whether a map has k positions. Raises ValueError otherwise."
+    if not isinstance(k, Integral) or not 1 <= k <= positions: raise ValueError(f"k must be from 1 to {positions}, the number of positions; got {k}")
+
+# %% ../nbs/21_discrepancy.ipynb #252899e3
 def topk_overlap(
     first:torch.Tensor, # maps, (N, ...)
     second:torch.Tensor, # maps of the same shape
@@ -140,6 +151,6 @@ def topk_overlap(
     "The share of the k largest positions that two maps have in common. ValueError for maps of two shapes, or a k that does not fit."
     check_alike(first, second)
     size = first.flatten(1).shape[1]
-    if not 1 <= k <= size: raise ValueError(f"k must be from 1 to {size}, the number of positions; got {k}")
+    check_k(k, size)
     marks = [torch.zeros_like(m.flatten(1)).scatter(1, m.flatten(1).topk(k).indices, 1.) for m in (first, second)]
     return (marks[0] * marks[1]).sum(1) / k
