@@ -21,6 +21,7 @@ import house
 import nbformat
 import psutil
 import pytest
+import torch
 import yaml
 from house import ROOT
 
@@ -126,6 +127,7 @@ def asked(project):
     (["reproduce", "quick", "-p", "eps=8"], "8/255"),
     (["reproduce", "quick", "-p", "epochs=["], "robustint: "),
     (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
+    (["reproduce", "quick", "--per-gpu", "0"], "--per-gpu must be 1 or more"),
     (["reproduce", "quick", "--profile", "profiles/none"], "profiles/laptop"),
     (["plan", "quick", "-w", "0"], "1 or more"),
     (["plan", "quik"], "did you mean quick?"),
@@ -188,6 +190,16 @@ def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
     code, out, err = run(*INT)
     assert code == 0 and "3 of 3 runs are done already" in err and "a table" in out
     assert asked(project) == before and times == {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("share, in_turn", [(1, True), (2, False)])
+def test_runs_take_turns_on_a_graphics_card_unless_they_are_told_to_share_it(project, monkeypatch, share, in_turn):
+    monkeypatch.setattr("robustint.plans.pick_device", lambda: torch.device("cuda"))  # stand-ins use none, but each asks for one
+    monkeypatch.setenv("PATIENCE", "8")
+    assert main([*SMOKE, "--per-gpu", str(share)]) == 0
+    made = [json.loads(path.read_text())["created"] for path in (project / "data/runs/smoke/records").glob("digits-small-*-s0.json")]
+    assert len(made) == 2 and (abs(made[0] - made[1]) >= 8) == in_turn
 
 
 def test_a_failure_leaves_its_notebook_and_the_rest_goes_on(project):
