@@ -40,7 +40,7 @@ def make_pooling(
     if pooling not in kinds: raise ValueError(f"pooling must be 'max' or 'avg'; got {pooling!r}")
     return kinds[pooling](size)
 
-# %% ../nbs/13_classifiers.ipynb #106c207c
+# %% ../nbs/13_classifiers.ipynb #600c411d
 def initialise(
     model:nn.Module, # whose convolutions, normalisations and linear layers are drawn anew, in place
     *,
@@ -110,19 +110,20 @@ def _make_vgg_blocks(
         if last: blocks[f"Conv Block{len(blocks) + 1}"], block = nn.Sequential(*block), []
     return blocks
 
-# %% ../nbs/13_classifiers.ipynb #278cd93d
+# %% ../nbs/13_classifiers.ipynb #76a64421
 class VGG16(Classifier):
     "VGG16 for 32x32 (CIFAR-10) or 128x128 images (CelebA): layers Conv Block1 to Conv Block5 and FC1 to FC3."
 
-    def __init__(self, channels:int=3, classes:int=10, *, pooling:str="max", size:int=32, width:int=64, hidden:int=None, batch_norm:bool=True, generator=None):
+    def __init__(self, channels:int=3, classes:int=10, *, pooling:str="max", size:int=32, width:int=64, hidden:int=None, batch_norm:bool=True, dropout:float=0.5, generator=None):
         if size < 32 or size % 32: raise ValueError(f"VGG16 halves its images five times: size must be a multiple of 32; got {size}")
         if width < 1: raise ValueError(f"width must be 1 or more; got {width}")
+        if not 0 <= dropout < 1: raise ValueError(f"dropout is the share of units left out of FC1 and FC2, from 0 to below 1; got {dropout}")
         hidden, features = hidden or width * (8 if size == 32 else 64), 8 * width * (size // 32) ** 2
         with torch.device("meta"):
             blocks = _make_vgg_blocks(channels, width, pooling, batch_norm) | {
-                "FC1": nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.5)),
-                "FC2": nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5)), "FC3": nn.Linear(hidden, classes)}
-        options = {"pooling": pooling, "size": size, "width": width, "hidden": hidden, "batch_norm": batch_norm}
+                "FC1": nn.Sequential(nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout)),
+                "FC2": nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout)), "FC3": nn.Linear(hidden, classes)}
+        options = {"pooling": pooling, "size": size, "width": width, "hidden": hidden, "batch_norm": batch_norm, "dropout": dropout}
         recipe = {"architecture": "vgg16", "channels": channels, "classes": classes, "options": options}
         super().__init__(blocks, size, recipe, generator=generator)
 
@@ -205,7 +206,7 @@ class Logarithm(nn.Module):
 
     def forward(self, probabilities): return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
 
-# %% ../nbs/13_classifiers.ipynb #415f6f1f
+# %% ../nbs/13_classifiers.ipynb #41887da6
 def split(
     model:nn.Module, # a chain of named layers, see `layers`
     layer:str, # a name of layers(model): the cut is after it

@@ -156,6 +156,7 @@ BAD = [
     (lambda: make_pooling("median"), "'max' or 'avg'"), (lambda: SmallCNN(pooling=None), "'max' or 'avg'"),
     (lambda: VGG16(size=40), "multiple of 32"), (lambda: VGG16(width=0), "width"), (lambda: WideResNet(depth=12), "10, 16, 22"),
     (lambda: WideResNet(width=0), "width"), (lambda: make_classifier("vgg", channels=3), "choose one of smallcnn, vgg16, wrn, small"),
+    (lambda: make_classifier("vgg16", channels=3, dropout=1.), "from 0 to below 1"),
     (lambda: make_classifier("wrn", channels=3, hidden=5), "pooling, size, depth, width"), (lambda: make_classifier("small", channels=1, pooling="max"), "leave it out"),
     (lambda: layers(make_model("pool", channels=1)), "chain of named layers"), (lambda: layers(nn.Sequential()), "chain of named layers"),
     (lambda: split(fresh("smallcnn"), "Conv5"), "choose one of Conv1"), (lambda: fresh("smallcnn")(torch.rand(1, 1, 28, 28)), "pad_images"),
