@@ -87,7 +87,7 @@ def _explain(
     named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "train_id": training.name, "seed": seed, "scale": scale, "label": label} | settings | {"kind": kind, "record_id": name}
     return make_job(name, "run_interpretgan", change_parameters("run_interpretgan", named, changes), where, training.name)
 
-# %% ../nbs/84_plans_interpretgan.ipynb #516c053b
+# %% ../nbs/84_plans_interpretgan.ipynb #91438f9c
 def plan_diagnosis(
     section:str, # of params/interpretgan.yaml: its blocks name `explainers` and what follows them
     scale:str, # "smoke", "quick", "short" or "paper"
@@ -102,7 +102,8 @@ def plan_diagnosis(
     for block, pooling, seed in chosen:
         other = (block["seeds"] * 2)[block["seeds"].index(seed) + 1] if len(block["seeds"]) > 1 else seed + 1
         training, independent = (_train(params, block, pooling, s, scale, where, changes) for s in (seed, other))
-        jobs |= {training.name: training, independent.name: independent}
+        reads_other = any("independent_id" in notebook_parameters(f"run_{notebook}") for notebook in block["then"])
+        jobs |= {job.name: job for job in ([training, independent] if reads_other else [training])}
         for kind, values in (block.get("kinds") or {"explain": block["explainers"]}).items():
             made = _explain(params, block, training, kind, values, scale, where, changes)
             jobs[made.name] = made
@@ -112,5 +113,5 @@ def plan_diagnosis(
                 named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "scale": scale} | known | params[notebook][block["dataset"]][used]
                 name = f"{made.name}-{notebook}"
                 parameters = change_parameters(f"run_{notebook}", named | {"record_id": name}, changes)
-                jobs[name] = make_job(name, f"run_{notebook}", parameters, where, training.name, made.name, independent.name)
+                jobs[name] = make_job(name, f"run_{notebook}", parameters, where, *known.values())
     return list(jobs.values())

@@ -88,6 +88,14 @@ def test_every_training_has_its_attack():
             assert sorted(other.notebook for other in jobs if other.parameters.get("train_id") == job.name) == ["run_cam", "run_pgd"]
 
 
+@pytest.mark.parametrize("target, scale", EVERYTHING)
+def test_a_run_waits_for_those_networks_alone_that_it_is_told_to_read(target, scale):
+    for job in all_jobs(target, scale)[:-1]:
+        read = [file for file in job.inputs if file.endswith(".safetensors")]
+        told = {str(value) for value in job.parameters.values()}
+        assert all(file.rsplit("/", 1)[-1].removesuffix(".safetensors") in told for file in read), job.name
+
+
 def test_smoke_and_quick_write_nothing_that_git_keeps():
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     for scale in ("smoke", "quick", "changed"):
