@@ -235,7 +235,15 @@ class WithIntegratedGradients(nn.Module):
         maps, logits = (way[:, None] * mean).flatten(2, 3) * way[0].numel(), logits[-len(images):]
         return (logits, maps) if keep else (logits.detach(), maps)
 
-# %% ../nbs/22_attributions.ipynb #d58128a5
+# %% ../nbs/22_attributions.ipynb #0405c19b
+def _check_baselines(images, window, stride, **numbers):
+    side = min(images.shape[2:])
+    for name, value, most, what in ("window", window, side, f"the side of the images, {side}"), ("stride", stride, window, f"the window, {window}: else pixels are left out"):
+        if not isinstance(value, int) or not 1 <= value <= most: raise ValueError(f"{name} must be a whole number from 1 to {what}; got {value!r}")
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1: raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}")
+
+# %% ../nbs/22_attributions.ipynb #463f5ffd
 def baseline_maps(
     model:nn.Module, # classifier with logits as output, each of its ReLUs a module of its own
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -249,6 +257,7 @@ def baseline_maps(
     "DeepLIFT, saliency, input x gradient, integrated gradients and occlusion, by Captum. ValueError for bad input or a network without ReLU modules."
     from captum import attr
     network, images, target, _ = prepare(model, images, target, False)
+    _check_baselines(images, window, stride, steps=steps, batch_size=batch_size)
     if not any(isinstance(module, nn.ReLU) for module in network.modules()):
         raise ValueError("DeepLIFT changes ReLUs by their modules and this network has none: make each of them an nn.ReLU of its own")
     squares = dict(sliding_window_shapes=(images.shape[1], window, window), strides=(1, stride, stride), baselines=0)

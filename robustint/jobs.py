@@ -127,14 +127,17 @@ def nearest(
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.4)
     return f"did you mean {close[0]}?" if close else f"write one of {', '.join(str(k) for k in known)}"
 
-# %% ../nbs/80_jobs.ipynb #2c8eb4b3
+# %% ../nbs/80_jobs.ipynb #69574faf
 def known_values() -> dict[str, list]: # parameter name -> the values it may take
     "The values of those parameters that name something."
     from robustint.data import DATASETS
     from robustint.classifiers import CLASSIFIERS
+    from robustint.interpretgan import COMPRESSION
     from robustint.models import ARCHITECTURES
     from robustint.objectives import METHODS
+    from robustint.progan import LOSSES
     return {"dataset": list(DATASETS), "architecture": [*ARCHITECTURES, *CLASSIFIERS], "method": list(METHODS),
+            "kind": ["explain", "lambda0", "invert"], "tables": list(COMPRESSION), "loss": list(LOSSES), "regions": [None, "face"],
             "normalisation": ["code", "paper"], "scale": ["smoke", "quick", "short", "paper", "changed"]}
 
 # %% ../nbs/80_jobs.ipynb #3abed084

@@ -12,10 +12,11 @@ from torch import nn
 
 from robustint import training
 from robustint.atta import LOSSES, Adversarial, Natural, PerturbedSet, Trades, draw_views, scaled_step, train_atta, view_places
+from robustint.classifiers import SmallCNN
 from robustint.core import make_generator
 from robustint.data import load_dataset
 from robustint.pgd import Linf
-from robustint.training import find_perturbed
+from robustint.training import find_perturbed, list_broken
 from robustint.zoo import load_tensors
 
 SETTINGS = dict(epochs=4, batch_size=24, learning_rate=[[0, 0.05], [3, 0.01]], eps=0.2, inner_step_size=0.05, padding=2, flip=True, reset_every=2, weight_decay=2e-4)
@@ -229,6 +230,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp
         with pytest.raises(ValueError, match="other settings"):
             train_atta(Hard(), digits.images, digits.labels, state=state, **SETTINGS | change)
     assert state.read_bytes() == before
+
+
+@pytest.mark.parametrize("loss, step", [("trades", 4), ("adv", 6), ("normal", 5)])
+def test_a_gradient_that_is_not_finite_is_never_saved(loss, step, digits, tmp_path):
+    state, poisoned, calls, settings = tmp_path / "state", Hard(), [], SETTINGS | {"loss": loss}
+
+    def poison(gradient):
+        calls.append(0)
+        return gradient * math.nan if len(calls) == step else gradient
+
+    poisoned.body[-1].weight.register_hook(poison)
+    with pytest.raises(FloatingPointError, match=f"by step {step}: lower the learning rate"):
+        train_atta(poisoned, digits.images, digits.labels, state=state, save_every=0, **settings)
+    tensors, header = load_tensors(state)
+    assert header["step"] == step - 1 and not list_broken(tensors)
+    good, resumed = Hard(), Hard()
+    train_atta(good, digits.images, digits.labels, **settings), train_atta(resumed, digits.images, digits.labels, state=state, **settings)
+    assert same(good, resumed)
+
+
+def test_a_network_of_the_same_weights_with_another_pooling_is_another_run(digits, tmp_path):
+    state, settings, images = tmp_path / "state", dict(epochs=1, batch_size=6, learning_rate=[[0, 0.01]]), F.pad(digits.images[:12], (2, 2, 2, 2))
+    train_atta(SmallCNN(generator=make_generator(0)), images, digits.labels[:12], state=state, **settings)
+    for model, those in (SmallCNN(pooling="avg", generator=make_generator(0)), images), (SmallCNN(generator=make_generator(0)), 1 - images):
+        with pytest.raises(ValueError, match="on other images or of another network"):
+            train_atta(model, those, digits.labels[:12], state=state, **settings | {"epochs": 2})
 
 
 BAD = [

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from robustint.core import make_generator
-from robustint.diagnosis import (FACE_REGIONS, changed_pooling_indices, diagnose, layer_hits, list_changes, locate_changes, measure_change, misclassification_matrix, over_seeds, paired_interval, read_images, region_masks, sanity_rows, show_matrix, vulnerabilities,
+from robustint import diagnosis
+from robustint.diagnosis import (FACE_REGIONS, changed_pooling_indices, diagnose, drift_rows, layer_hits, list_changes, locate_changes, measure_change, misclassification_matrix, over_seeds, paired_interval, read_images, read_layers, region_masks, sanity_rows, show_matrix, vulnerabilities,
                                  within_class_distance)
 from robustint.evaluation import wilson_interval
 from robustint.interpretgan import explain_layers, make_explainers
@@ -169,7 +170,7 @@ def test_a_change_is_found_where_it_was_made():
     assert still["change"].eq(0).all() and still["left"].isnan().all()
 
 
-@pytest.mark.parametrize("batch_size", [30, 10, 7])
+@pytest.mark.parametrize("batch_size", [30, 29, 7, 1])
 def test_changes_of_the_explanations_by_hand(case, batch_size):
     model, _, explainers, images, _ = case
     attacked = (images + 0.3 * torch.randn(images.shape, generator=make_generator(7))).clamp(0, 1)
@@ -184,10 +185,24 @@ def test_changes_of_the_explanations_by_hand(case, batch_size):
             difference = (before[row["layer"]] - after[row["layer"]]).abs()[chosen].mean(1)
             assert row["change"] == pytest.approx(difference.mean().item(), rel=1e-5)
             assert row["regions"]["left"]["share"] == pytest.approx((difference[..., :4].sum((1, 2)) / difference.sum((1, 2))).mean().item(), rel=1e-4)
+        else:  # the image before it, whatever the size of a batch
+            difference = (before[row["layer"]] - before[row["layer"]].roll(1, 0)).abs()[chosen]
+            assert row["change"] == pytest.approx(difference.mean().item(), rel=1e-5)
         assert sum(at["share"] for at in row["regions"].values()) == pytest.approx(1) and sum(at["area"] for at in row["regions"].values()) == 1
     listed = list_changes(rows)
     assert len(listed) == len(rows) + len(rows) // 2 + 2 * len(rows), "a change or difference, a quotient for each change, and two regions a row"
     for row in listed: assert row["low"] <= row["value"] <= row["high"]
+
+
+@pytest.mark.parametrize("n, batch_size", [(30, 30), (30, 29), (30, 28), (3, 2), (2, 1)], ids=["rest 0", "rest 1", "rest 2", "rest 1 of 3", "one at a time"])
+def test_no_image_is_compared_with_itself(case, n, batch_size):
+    model, _, explainers, images, _ = case
+    whole, parts = (locate_changes(model, explainers, images[:n], images[:n], batch_size=size) for size in (n, batch_size))
+    for a, b in zip(whole, parts):
+        assert a["n"] == b["n"] and a["change"] == (b["change"] if b["change"] is None else pytest.approx(b["change"], rel=1e-5))
+        assert a["against"] == "attack" or a["over"] != "all" or a["change"] > 0
+    with pytest.raises(ValueError, match="give two or more"):
+        locate_changes(model, explainers, images[:1], images[:1])
 
 
 def test_nothing_changed_and_nobody_moved(case):
@@ -200,10 +215,63 @@ def test_nothing_changed_and_nobody_moved(case):
     assert all(not row["regions"] for row in locate_changes(model, explainers, images, images))
 
 
-def test_a_diagnosis_in_parts_is_the_same(case):
+def test_an_image_that_was_wrong_before_the_attack_was_not_brought_anywhere():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    natural = torch.tensor([0, 0, 2, 2, 1, 1])  # the third and the fourth are wrong by themselves
+    answers = torch.tensor([3, 3, 3, 2, 1, 0])  # all but the fifth are wrong under attack
+    row, = drift_rows({"FC": torch.tensor([0, 3, 3, 2, 1, 2])}, labels, answers, natural)
+    assert (row["n"], row["already_wrong"]) == (3, 2) and [row[name] for name in ("as_true", "as_wrong", "as_other")] == pytest.approx([1 / 3] * 3)
+    row, = drift_rows({"FC": labels}, labels, natural, natural)
+    assert (row["n"], row["already_wrong"], row["as_true"], row["as_other"]) == (0, 2, 0, 0) and (row["as_true_low"], row["as_true_high"]) == (0, 1)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(4), torch.tensor([0, 1, 2, 2])], ids=["none", "one class"])
+def test_a_class_of_one_image_has_no_distance_and_the_rows_fit_a_record(case, labels):
+    model, other, explainers, images, _ = case
+    rows = sanity_rows(model, explainers, images[:4], labels, independent=other)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert all((row["distance"] is None) == (row["distance_ratio"] is None) == (labels.max() == 3) for row in rows)
+
+
+def test_a_diagnosis_holds_no_more_pictures_than_it_needs(case, monkeypatch):
+    "A batch of all layers, or all images of one layer, never all images of all layers."
+    model, other, explainers, images, labels = case
+    asked, real = [], explain_layers
+
+    def looking(model, images, explainers, **options):
+        asked.append((len(images), len(explainers)))
+        return real(model, images, explainers, **options)
+
+    monkeypatch.setattr(diagnosis, "explain_layers", looking)
+    diagnose(model, explainers, images, images, labels, classes=4, independent=other, batch_size=7)
+    assert max(n for n, layers in asked if layers > 1) == 7 and sum(n for n, layers in asked if layers > 1) == 30 and asked.count((30, 1)) == len(explainers)
+    layer_hits(model, explainers, images, labels)
+
+
+@pytest.mark.parametrize("batch_size", [30, 7, 1])
+def test_each_reader_reads_every_explanation(case, batch_size):
+    model, other, explainers, images, _ = case
+    shown = explain_layers(model, images, explainers)
+    for reader, read in zip((model, other), read_layers(model, explainers, images, model, other, batch_size=batch_size)):
+        assert list(read) == list(explainers) and all(torch.equal(read[layer], reader(shown[layer]).argmax(1)) for layer in explainers)
+
+
+def test_readers_know_the_same_classes(case):
+    model, _, explainers, images, labels = case
+    three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    attempts = [lambda: diagnose(model, explainers, images, images, labels, classes=4, independent=three), lambda: sanity_rows(model, explainers, images, labels, independent=three),
+                lambda: layer_hits(model, explainers, images, labels, judge=three), lambda: diagnose(model, explainers, images, images, labels, classes=5)]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match="give a classifier trained on the same classes") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [8, 7, 30])
+def test_a_diagnosis_in_parts_is_the_same(case, batch_size):
     model, other, explainers, images, labels = case
     attacked = (images + 0.3 * torch.randn(images.shape, generator=make_generator(7))).clamp(0, 1)
-    whole, parts = (diagnose(model, explainers, images, attacked, labels, classes=4, independent=other, batch_size=n) for n in (500, 8))
+    whole, parts = (diagnose(model, explainers, images, attacked, labels, classes=4, independent=other, batch_size=n) for n in (500, batch_size))
     assert {key: value for key, value in whole.items() if key not in ("sanity", "pooling_changed")} == {key: value for key, value in parts.items() if key not in ("sanity", "pooling_changed")}
     assert parts["pooling_changed"]["2"] == pytest.approx(whole["pooling_changed"]["2"])
 

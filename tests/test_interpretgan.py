@@ -9,7 +9,7 @@ from torch import nn
 from robustint.classifiers import SmallCNN, VGG16, split
 from robustint.core import make_generator
 from robustint.interpretgan import (COMPRESSION, Compression, check_layers, explain, explain_layers, explanation_feed, information_bound, interpretability_term, load_explainers,
-                                    make_explainers, mutual_information, name_layers, save_explainers, tap_layers, train_explainers)
+                                    make_explainers, mutual_information, name_layers, save_explainers, table_filters, tap_layers, train_explainers)
 from robustint.progan import Diverged
 from robustint.zoo import save_tensors
 
@@ -82,6 +82,9 @@ def test_all_layers_in_one_pass_equal_the_cuts(images):
     assert not any(latent.requires_grad for latent in latents.values())
     with pytest.raises(RuntimeError):
         tap_layers(model, images[:3, :, :4], LAYERS)
+    for bad, layers, message in (images * 255, LAYERS, "divide by 255"), (images, {"a": "nowhere"}, "no module for a .'nowhere'."), (images, ["1"], "write name_layers"):
+        with pytest.raises(ValueError, match=message):
+            tap_layers(model, bad, layers)
     assert all(len(m._forward_hooks) == (m is model[0]) for m in model.modules()), "a hook survived an error"
 
 
@@ -150,6 +153,12 @@ def test_side_by_side_and_resumed_in_the_middle_of_a_fade(images, tmp_path):
     for other in ({"weight": 0.0}, {"invert": True}, {"first_scale": 1}, {"seed": 1}):
         with pytest.raises(ValueError, match="other settings"):
             train_explainers(model, LAYERS, images, state=state, **SHORT | other)
+    before, marked = state.read_bytes(), classifier()
+    marked.recipe = {"pooling": "avg"}  # the same weights, another network
+    for those, shown in (classifier(1), images), (marked, images), (classifier(), 1 - images):
+        with pytest.raises(ValueError, match="other settings"):
+            train_explainers(those, LAYERS, shown, state=state, **SHORT)
+    assert state.read_bytes() == before
 
 
 def test_lambda_0_has_no_term_and_inversion_learns_the_image(images):
@@ -190,6 +199,54 @@ def test_colour_images_and_any_torch_classifier(tmp_path):
     assert header["classifier"] == "any"
     a, b = (explain_layers(model, images[:3], those) for those in (explainers, again))
     assert all(torch.equal(a[title], b[title]) and a[title].shape == (3, 3, 16, 16) for title in a)
+
+
+BAD_SETTINGS = [(dict(widths=(6, 4, 4)), "has 3 scales, and steps are given for 2"), (dict(widths=(6,)), "has 1 scales"), (dict(widths=()), "name no scale"), (dict(first_scale=2), "one of the 2 scales"),
+                (dict(first_scale=-1), "one of the 2 scales"), (dict(weight=-1.0), "weight"), (dict(weight=math.nan), "weight"), (dict(averaging=1.0), "averaging"), (dict(fade=3.0), "fade"),
+                (dict(learning_rate=-1.0), "learning_rate"), (dict(penalty=-5.0), "penalty"), (dict(steps=(1.5, 2)), "steps.0."), (dict(layers=["FC1"]), "write name_layers"), (dict(layers={}), "no layer is named"),
+                (dict(invert=True, averaging=2.0), "averaging"), (dict(loss="standart"), "choose one of standard")]
+
+
+@pytest.mark.parametrize("change, message", BAD_SETTINGS)
+def test_settings_that_train_something_else_are_refused_before_the_first_step(change, message, images):
+    settings = dict(layers=LAYERS, observe=lambda *_: pytest.fail("a step was taken")) | SHORT | change
+    with pytest.raises(ValueError, match=message) as error:
+        train_explainers(classifier(), settings.pop("layers"), images, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_with_maps_that_a_table_does_not_know_is_refused():
+    model, image = SmallCNN(generator=make_generator(0)).eval(), torch.rand(1, 1, 32, 32)
+    layers = name_layers(model)
+    assert table_filters(model, layers, image, "mnist") == COMPRESSION["mnist"]
+    assert table_filters(model, layers, image, "mnist", divide=1000) == {title: (1,) * len(filters) for title, filters in COMPRESSION["mnist"].items()}
+    assert table_filters(model, {"mine": layers["FC1"], "FC3": ""}, image, "celeba") == {"mine": (), "FC3": ()}  # vectors: a linear layer is all there can be
+    for tables, divide, message in ("celeba", 1, "for the maps of Conv1, Conv2, Conv3, Conv4: choose"), ("minst", 1, "choose one of mnist, celeba"), ("mnist", 0, "divide must be"):
+        with pytest.raises(ValueError, match=message) as error:
+            table_filters(model, layers, image, tables, divide=divide)
+        assert "\n" not in str(error.value)
+
+
+def test_explainers_of_another_network_are_refused(images):
+    model, other = classifier(), nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 12), nn.Dropout(0.5), nn.Linear(12, 4))
+    explainers = make_explainers(model, LAYERS, images, widths=(6, 4), generator=make_generator(0))
+    attempts = {"activations of shape .3, 6, 6. and this classifier gives .5, 6, 6.": lambda: explain(other, "Conv1", images, explainers=explainers),
+                "draws images of shape .1, 8, 8.; got .1, 28, 28.": lambda: explain(model, "Conv1", torch.rand(2, 1, 28, 28), explainers=explainers),
+                "scale must be a number in .0, 1.; got 9": lambda: explain_layers(model, images, explainers, scale=9), "scale must be a whole number": lambda: explain_layers(model, images, explainers, scale=-1),
+                "alpha must be a number in": lambda: explain_layers(model, images, explainers, alpha=5.0), "batch_size must be a whole number": lambda: explain_layers(model, images, explainers, batch_size=0)}
+    for message, attempt in attempts.items():
+        with pytest.raises(ValueError, match=message) as error:
+            attempt()
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_no_distribution_is_refused():
+    joint = torch.eye(2) / 4 + 0.125
+    attempts = {"guess must be .* in each row": lambda: information_bound(joint, torch.ones(2, 2)), "joint must be .* got a sum of 2": lambda: mutual_information(torch.ones(2, 2) / 2),
+                "guess and joint must have one shape": lambda: information_bound(joint, torch.ones(3, 2) / 2), "joint must be": lambda: mutual_information(torch.tensor([[1.5, -0.5]]))}
+    for message, attempt in attempts.items():
+        with pytest.raises(ValueError, match=message):
+            attempt()
 
 
 def test_bad_input_is_refused_in_one_line(images, tmp_path):

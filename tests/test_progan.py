@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from robustint.core import make_generator
 from robustint.progan import (LOSSES, Critic, Diverged, Equalised, Gan, Generator, add_minibatch_deviation, check_alive, enlarge, gan_tensors, grow, growth, noise_feed, pixel_norm,
                               r1_penalty, set_gan_tensors, shrink)
+from robustint.training import list_broken
 from robustint.zoo import load_tensors
 
 STEPS = dict(steps=(4, 10), batch_size=8, every=2)
@@ -169,6 +170,8 @@ def test_a_state_of_other_settings_is_refused(images, tmp_path):
     for other, options in ((player(learning_rate=1e-4), {}), (player(loss="standard"), {}), (player(), {"fade": 0.25}), (player(), {"seed": 3}), (player(), {"identity": {"lambda": 0}})):
         with pytest.raises(ValueError, match="other settings"):
             grow({"gan": other}, images, noise_feed(4), state=state, **STEPS | options)
+    with pytest.raises(ValueError, match="other settings"):
+        grow({"gan": player()}, 1 - images, noise_feed(4), state=state, **STEPS)
 
 
 def test_what_is_not_finite_stops_the_run_and_the_last_state_is_good(images, tmp_path):
@@ -183,6 +186,41 @@ def test_what_is_not_finite_stops_the_run_and_the_last_state_is_good(images, tmp
     assert "\n" not in str(error.value)
     tensors, header = load_tensors(state)
     assert header["step"] == 6 and all(torch.isfinite(v).all() for v in tensors.values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("poisoned", [2, 6, 14])
+def test_a_gradient_that_is_not_finite_at_the_last_step_before_a_save(poisoned, images, tmp_path):
+    "The term is 0 and its gradient NaN: every loss of the interval is finite, and only the weights after it show what happened."
+    state, calls = tmp_path / "state.safetensors", []
+
+    def feed(batch, generator):
+        calls.append(0)
+        return {"gan": (torch.randn(len(batch), 4, generator=generator), (lambda drawn: (0 * drawn).sum().sqrt()) if len(calls) == poisoned else None)}
+
+    assert poisoned % STEPS["every"] == 0
+    with pytest.raises(Diverged, match=f"gan diverged before step {poisoned}: .* not finite: .*last saved state is good"):
+        grow({"gan": player()}, images, feed, state=state, **STEPS)
+    assert state.exists() == (poisoned > 2)
+    if state.exists():
+        tensors, header = load_tensors(state)
+        assert header["step"] == poisoned - 2 and not list_broken(tensors)
+        good, resumed = player(), player()
+        grow({"gan": good}, images, noise_feed(4), **STEPS), grow({"gan": resumed}, images, noise_feed(4), state=state, **STEPS)
+        assert same(good, resumed)
+
+
+@pytest.mark.parametrize("part", ["generator", "critic", "averaged"])
+def test_weights_averages_and_moments_are_looked_at(part, images):
+    gan, good = player(), dict(critic=1.0, generator=1.0, term=0.0, inputs=1.0, spread=0.5)
+    grow({"gan": gan}, images, noise_feed(4), **STEPS)
+    check_alive("gan", good, 9, tensors=gan_tensors(gan))
+    for name, tensor in gan_tensors(gan).items():
+        if not name.startswith((part, f"adam.{part}")) or not tensor.numel() or not tensor.is_floating_point():
+            continue
+        tensors = gan_tensors(gan) | {name: torch.full_like(tensor, torch.inf)}
+        with pytest.raises(Diverged) as error:
+            check_alive("gan", good, 9, tensors=tensors)
+        assert f"{name} not finite" in str(error.value)
 
 
 def test_a_collapse_is_said(images, tmp_path):
@@ -218,7 +256,25 @@ def test_observe_is_called_at_every_entry_and_goes_into_the_log(images):
 
 
 BAD = [(dict(images=lambda x: x * 255), "divide by 255"), (dict(images=lambda x: x[:, :, :6, :6]), "make images of 8x8"), (dict(batch_size=1), "batch_size"), (dict(batch_size=99), "batch_size"),
-       (dict(every=0), "every"), (dict(steps=(4, 4, 4)), "16x16"), (dict(seed=-1), "seed")]
+       (dict(every=0), "every"), (dict(steps=(4, 4, 4)), "16x16"), (dict(seed=-1), "seed"),
+       (dict(steps=(4,), images=lambda x: x[:, :, :4, :4]), "has 2 scales, and steps are given for 1"), (dict(steps=(4, 1.5)), "steps.1. must be a whole number"), (dict(steps=(4, -1)), "steps.1."),
+       (dict(fade=3.0), "fade must be a number in"), (dict(fade=-0.1), "fade"), (dict(fade=float("nan")), "fade"), (dict(batch_size=8.0), "batch_size must be a whole number")]
+BAD_RULES = [(dict(learning_rate=-1.0), "learning_rate"), (dict(learning_rate=float("nan")), "learning_rate"), (dict(averaging=2.0), "averaging"), (dict(averaging=1.0), "averaging"),
+             (dict(averaging=-0.1), "averaging"), (dict(penalty=-5.0), "penalty"), (dict(penalty=float("inf")), "penalty"), (dict(penalty_every=0), "penalty_every")]
+
+
+@pytest.mark.parametrize("rule, name", BAD_RULES)
+def test_rules_that_train_something_else_are_refused(rule, name):
+    with pytest.raises(ValueError, match=f"{name} must be a") as error:
+        player(**rule)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Generator, Critic])
+def test_widths_that_make_no_network_are_refused(kind):
+    for widths, message in ((), "name no scale"), ((4, 0), "widths.1. must be a whole number"), ((4, 2.5), "widths.1."):
+        with pytest.raises(ValueError, match=message):
+            kind(widths)
 
 
 @pytest.mark.parametrize("change, message", BAD)

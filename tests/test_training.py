@@ -21,8 +21,8 @@ from robustint.discrepancy import soft_discrepancy
 from robustint.interpreters import cams
 from robustint.models import Small, fold, make_model
 from robustint.objectives import METHODS, Pair, attribution_norm, make_method
-from robustint.training import RandomStarts, Team, borrowed_chance, find_perturbed, piecewise, ramp, train
-from robustint.zoo import load_tensors
+from robustint.training import RandomStarts, Team, borrowed_chance, check_range, digest_tensors, find_perturbed, list_broken, piecewise, ramp, train
+from robustint.zoo import load_tensors, save_tensors
 
 SETTINGS = dict(epochs=2, batch_size=20, learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=2, inner_step_size=0.05)
 
@@ -322,6 +322,70 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(digits, tmp
     with pytest.raises(ValueError, match="other settings"):
         train(fresh(), digits.images, digits.labels, make_method("adv"), state=state, **SETTINGS)
     assert state.read_bytes() == before and load_tensors(state)[1]["step"] == 20
+
+
+@pytest.mark.parametrize("save_every, step, saved", [(0, 6, 5), (0, 10, 9), (None, 20, 10)])
+def test_a_gradient_that_is_not_finite_is_never_saved(save_every, step, saved, digits, tmp_path):
+    "The loss of the poisoned step is finite: only the weights after it show what happened."
+    state, poisoned, calls, good = tmp_path / "state", fresh(), [], fresh()
+
+    def poison(gradient):
+        calls.append(0)
+        return gradient * math.nan if len(calls) == step else gradient
+
+    next(poisoned.parameters()).register_hook(poison)
+    arguments = (digits.images, digits.labels, make_method("adv"))
+    with pytest.raises(FloatingPointError, match=f"by step {step}: lower the learning rate.*last saved state is intact"):
+        train(poisoned, *arguments, state=state, save_every=save_every, evaluate=lambda model: {"finite": not list_broken(model.state_dict())}, **SETTINGS)
+    tensors, header = load_tensors(state)
+    assert header["step"] == saved and not list_broken(tensors)
+    resumed = fresh()
+    train(good, *arguments, **SETTINGS), train(resumed, *arguments, state=state, **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(good.parameters(), resumed.parameters()))
+
+
+def test_without_a_state_too_a_lost_network_is_said(digits):
+    model = fresh()
+    next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="NaN or infinite by step 1"):
+        train(model, digits.images, digits.labels, make_method("normal"), **SETTINGS | {"epochs": 1, "batch_size": 200})
+
+
+def test_the_state_of_another_problem_is_refused_and_an_older_one_is_known(digits, tmp_path):
+    state, method = tmp_path / "state", make_method("normal")
+    train(make_model("small", channels=1, generator=make_generator(0)), digits.images, digits.labels, method, state=state, **SETTINGS)
+    before, others = state.read_bytes(), {"images": (1 - digits.images, digits.labels), "labels": (digits.images, digits.labels.flip(0)), "order": (digits.images.flip(0), digits.labels)}
+    for images, labels in others.values():
+        with pytest.raises(ValueError, match="on other images or of another network: delete it"):
+            train(fresh(), images, labels, method, state=state, **SETTINGS)
+    with pytest.raises(ValueError, match="of another network"):
+        train(fresh("pool"), digits.images, digits.labels, method, state=state, **SETTINGS)
+    assert state.read_bytes() == before
+    tensors, header = load_tensors(state)
+    header.pop("problem")  # as it was written before it had one
+    save_tensors(state, tensors, header)
+    assert len(train(fresh(), digits.images, digits.labels, method, state=state, **SETTINGS)) == 2
+
+
+def test_a_digest_tells_tensors_apart():
+    images = torch.rand(300, 1, 32, 32, generator=make_generator(0)).round(decimals=2)
+    images[:, :, :4], images[:, :, :, :4] = 0, 0  # a frame, as padded digits have it
+    digests = {digest_tensors({"x": x}, 4096) for x in (images, 1 - images, images.flip(0), images.flip(3), images[:299], images.half(), images.round())}
+    assert len(digests) == 7 and digest_tensors({"x": images.clone()}, 4096) in digests
+    assert digest_tensors({"x": images.contiguous(memory_format=torch.channels_last)}, 4096) in digests, "where it lies in memory says nothing"
+    changed = images.clone()
+    changed[7, 0, 9, 9] += 0.001
+    assert digest_tensors({"x": changed}) != digest_tensors({"x": images})
+
+
+@pytest.mark.parametrize("interval, good, bad", [("[0, 1)", (0, 0.5), (1, -0.1)), ("(0, inf)", (1e-9, 5), (0, math.inf)), ("[0, 1]", (0, 1), (1.1, math.nan)), ("[0, inf)", (0, 7), (None, "1"))])
+def test_ranges_of_settings(interval, good, bad):
+    for value in good:
+        check_range(interval, fade=value)
+    for value in bad:
+        with pytest.raises(ValueError) as error:
+            check_range(interval, weight=1e-3, fade=value)
+        assert str(error.value) == f"fade must be a number in {interval}; got {value!r}"
 
 
 BAD = [
