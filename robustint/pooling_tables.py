@@ -9,13 +9,13 @@ __all__ = ['COLUMNS', 'attack_title', 'list_attacked', 'add_clean', 'welch_inter
 # %% ../nbs/86_pooling_tables.ipynb #b0acb27d
 from pathlib import Path
 
-# %% ../nbs/86_pooling_tables.ipynb #b87a6b94
+# %% ../nbs/86_pooling_tables.ipynb #45f7c010
 import numpy, pandas
 from matplotlib.figure import Figure
 from scipy import stats
 from .core import project_root, read_record
 from .diagnosis_tables import model_title, training_title
-from .evaluation import wilson_interval
+from .evaluation import matched_interval, unpack_hits, wilson_interval
 from .jobs import Job
 from .plots import COLOURS, add_caption, new_figure
 from .tables import DATASETS, find_interval, to_markdown
@@ -28,29 +28,29 @@ def attack_title(
     if parameters["steps"] == 1: return "FGSM"
     return f"{'M-PGD' if parameters.get('decay') else 'PGD'}-{parameters['steps']}"
 
-# %% ../nbs/86_pooling_tables.ipynb #ac63c57c
+# %% ../nbs/86_pooling_tables.ipynb #d2764931
 def list_attacked(
     jobs:list[Job], # a whole plan: trainings and attacks
     records:Path|str, # the folder of the records
-) -> pandas.DataFrame: # dataset, model, method, weights, pooling, attack, seed, correct, images, clean: one row for each attack that is done
+) -> pandas.DataFrame: # dataset, model, method, weights, pooling, attack, seed, correct, images, clean, hits, clean_hits (None in older records): one row for each attack that is done
     "The cells of a pooling study. An attack that is not done is left out."
     trained, rows = {job.name: job.parameters for job in jobs if job.notebook == "run_atta"}, []
     for job in jobs:
         path = Path(records)/f"{job.name}.json"
         if job.notebook != "run_pgd" or not path.is_file(): continue
         network, metrics = trained[job.parameters["train_id"]], read_record(path)["metrics"]
-        weights = "-".join(word for word in ("trained", network.get("label")) if word)
+        weights, cell = "-".join(word for word in ("trained", network.get("label")) if word), metrics["cells"][0]
         rows.append({"dataset": DATASETS[network["dataset"]], "model": model_title(network), "method": training_title(network), "weights": weights, "pooling": network["pooling"], "attack": attack_title(job.parameters), "seed": network["seed"],
-                     "correct": metrics["cells"][0]["correct"], "images": metrics["cells"][0]["n"], "clean": metrics["clean_accuracy"]})
-    return pandas.DataFrame(rows, columns=["dataset", "model", "method", "weights", "pooling", "attack", "seed", "correct", "images", "clean"])
+                     "correct": cell["correct"], "images": cell["n"], "clean": metrics["clean_accuracy"], "hits": unpack_hits(cell.get("hits"), cell["n"]), "clean_hits": unpack_hits(metrics.get("clean_hits"), cell["n"])})
+    return pandas.DataFrame(rows, columns=["dataset", "model", "method", "weights", "pooling", "attack", "seed", "correct", "images", "clean", "hits", "clean_hits"])
 
-# %% ../nbs/86_pooling_tables.ipynb #ce79f7e0
+# %% ../nbs/86_pooling_tables.ipynb #4be75708
 def add_clean(
     cells:pandas.DataFrame, # from list_attacked
 ) -> pandas.DataFrame: # with rows of the attack "none" first
     "The unattacked network as one more attack."
     once = cells.drop_duplicates(["dataset", "model", "weights", "pooling", "seed"])
-    clean = once.assign(attack="none", correct=(once["clean"] * once["images"]).round().astype(int))
+    clean = once.assign(attack="none", correct=(once["clean"] * once["images"]).round().astype(int), hits=once.get("clean_hits"))
     return pandas.concat([clean, cells], ignore_index=True)
 
 # %% ../nbs/86_pooling_tables.ipynb #5543156d
@@ -66,14 +66,18 @@ def welch_interval(
     ends = stats.ttest_ind(first, second, equal_var=False).confidence_interval(level)
     return sum(first) / len(first) - sum(second) / len(second), float(ends.low), float(ends.high)
 
-# %% ../nbs/86_pooling_tables.ipynb #254faaa9
+# %% ../nbs/86_pooling_tables.ipynb #d6f3830f
 def difference_interval(
     first:list, # shares of right answers, one a seed
     second:list, # the same of another kind of network
     n:int, # images that each of them was tried on
+    gains:numpy.ndarray=None, # for each image the share of the first that are right less that of the second, (n,); None: not known
 ) -> tuple: # mean(first) - mean(second), low, high
     "The difference of two mean shares with a 95% interval for the chance of the seeds and of the images."
     mean, low, high = welch_interval(first, second)
+    if gains is not None:
+        down, up = matched_interval(gains)
+        return mean, min(low, down, mean), max(high, up, mean)
     means = [sum(shares) / len(shares) for shares in (first, second)]
     (down, up), (other_down, other_up) = ([abs(end - share) for end in wilson_interval(round(share * n), n)] for share in means)
     return mean, min(low, mean - numpy.hypot(down, other_up)), max(high, mean + numpy.hypot(up, other_down))
@@ -81,7 +85,7 @@ def difference_interval(
 # %% ../nbs/86_pooling_tables.ipynb #aab8444f
 COLUMNS = ["dataset", "model", "method", "weights", "pooling", "attack", "paper", "ours", "low", "high", "n", "seeds"]
 
-# %% ../nbs/86_pooling_tables.ipynb #d780dabc
+# %% ../nbs/86_pooling_tables.ipynb #f2b910d3
 def compare_poolings(
     cells:pandas.DataFrame, # from list_attacked
     printed:str, # a file of data/papers, without .csv: its columns dataset, model, pooling, attack and accuracy_percent
@@ -101,7 +105,9 @@ def compare_poolings(
         if all(len(shares.get(pooling, [])) > 1 for pooling in told):
             if group["images"].nunique() > 1: raise ValueError(f"{model}, {attack}: max and avg are over different numbers of images, {' and '.join(map(str, group['images'].unique()))}: attack both again with the same -p images")
             gain = None if None in told.values() else told["avg"] - told["max"]
-            rows.append([dataset, model, method, weights, "avg - max", attack, gain, *difference_interval(shares["avg"], shares["max"], n), n, min(map(len, shares.values()))])
+            hits = {pooling: list(same["hits"]) if "hits" in same and same["hits"].notna().all() else None for pooling, same in group.groupby("pooling")}
+            gains = None if None in hits.values() else numpy.mean(hits["avg"], 0) - numpy.mean(hits["max"], 0)
+            rows.append([dataset, model, method, weights, "avg - max", attack, gain, *difference_interval(shares["avg"], shares["max"], n, gains), n, min(map(len, shares.values()))])
     return pandas.DataFrame(rows, columns=COLUMNS).astype({"paper": float, "n": "Int64", "seeds": "Int64"})
 
 # %% ../nbs/86_pooling_tables.ipynb #8bb1f6a0

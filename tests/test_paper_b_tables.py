@@ -96,6 +96,17 @@ def test_the_sentence_of_a_pooling_follows_the_interval(base, images, word):
     assert len(add_printed(table, "interpretgan_table2")) == len(table) + 9 and "(87.48)" in write_poolings(add_printed(table, "interpretgan_table2"))
 
 
+def test_records_that_say_which_images_were_right_decide_more():
+    "Two kinds of network that differ on 30 of 1,000 images, always for the better."
+    def hits(wrong): return numpy.arange(1000) >= wrong
+    cells = pandas.DataFrame([{"dataset": "MNIST", "model": "SmallCNN", "method": "Adversarial", "weights": "trained", "pooling": pooling, "attack": "PGD-40", "seed": seed, "correct": 1000 - wrong, "images": 1000, "clean": 0.99,
+                               "hits": hits(wrong), "clean_hits": hits(10)} for pooling, wrong in (("max", 130), ("avg", 100)) for seed in range(2)])
+    gain = lambda cells: compare_poolings(cells, "interpretgan_table2").query("pooling == 'avg - max' and attack == 'PGD-40'").iloc[0]
+    matched, apart = gain(cells), gain(cells.assign(hits=None))
+    assert matched["ours"] == apart["ours"] == pytest.approx(0.03)
+    assert 0.015 < matched["low"] < 0.03 < matched["high"] < 0.045 and apart["low"] < 0.005
+
+
 def test_different_numbers_of_images_are_refused():
     cells = pandas.DataFrame([{"dataset": "MNIST", "model": "SmallCNN", "method": "Adversarial", "weights": "trained", "pooling": pooling, "attack": "PGD-40", "seed": seed, "correct": 400, "images": images, "clean": 0.99}
                               for pooling, images in (("max", 1000), ("avg", 500)) for seed in range(2)])
