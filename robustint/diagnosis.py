@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FACE_REGIONS', 'paired_interval', 'vulnerabilities', 'over_seeds', 'check_readers', 'read_layers', 'layer_hits',
-           'read_images', 'within_class_distance', 'sanity_rows', 'changed_pooling_indices', 'misclassification_matrix',
-           'show_matrix', 'drift_rows', 'region_masks', 'measure_change', 'locate_changes', 'list_changes', 'diagnose']
+           'read_images', 'within_class_distance', 'shake', 'sanity_rows', 'changed_pooling_indices',
+           'misclassification_matrix', 'show_matrix', 'drift_rows', 'region_masks', 'measure_change', 'locate_changes',
+           'list_changes', 'diagnose']
 
-# %% ../nbs/62_diagnosis.ipynb #1f0f960b
+# %% ../nbs/62_diagnosis.ipynb #97e8597a
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from .checks import check_images, check_labels
+from .checks import check_eps, check_images, check_labels
 from .evaluation import seed_interval, wilson_interval
 from .interpretgan import explain_layers
 from .isa import mean_interval
@@ -149,7 +150,19 @@ def _mean_distance(images, labels):
     distances = list(within_class_distance(images, labels).values())
     return torch.tensor(distances).mean().item() if distances else None
 
-# %% ../nbs/62_diagnosis.ipynb #4786d9f6
+# %% ../nbs/62_diagnosis.ipynb #f9d6965b
+def shake(
+    images:torch.Tensor, # (N, C, H, W) in [0,1]
+    eps:float, # how far each pixel goes, fraction of the pixel range, also as "8/255"
+    *,
+    generator:torch.Generator|None=None, # source of the signs
+) -> torch.Tensor: # (N, C, H, W) in [0,1]
+    "Images with every pixel moved by eps up or down at random. ValueError for bad input."
+    check_images(images)
+    signs = torch.randint(2, images.shape, generator=generator, device=images.device) * 2 - 1
+    return (images + check_eps(eps) * signs).clamp(0, 1)
+
+# %% ../nbs/62_diagnosis.ipynb #55b9b7e9
 def sanity_rows(
     model:nn.Module, # the classifier that is diagnosed
     explainers:dict, # Explainer by title
@@ -157,17 +170,20 @@ def sanity_rows(
     labels:torch.Tensor, # true classes, (N,)
     *,
     independent:nn.Module|None=None, # a classifier trained from another seed
+    shaken:torch.Tensor|None=None, # the same images under random signs, see `shake`
     batch_size:int=500, # images at a time
-) -> list: # one dict a layer: layer, n, natural_accuracy, agreement, independent_agreement, each with low and high, distance, distance_ratio (the two None where no class has two images)
-    "What the explanations of natural images are worth. Shares with Wilson intervals."
+) -> list: # one dict a layer: layer, n, natural_accuracy, agreement, independent_agreement, shaken_accuracy, each with low and high, distance, distance_ratio (the two None where no class has two images)
+    "What the explanations of images that nobody attacked are worth. Shares with Wilson intervals."
     check_labels(labels, len(images))
     check_readers(images, model, independent)
+    if shaken is not None and shaken.shape != images.shape: raise ValueError(f"images and shaken must have one shape; got {tuple(images.shape)} and {tuple(shaken.shape)}")
     read, real, rows = read_images(model, images, batch_size=batch_size), _mean_distance(images, labels), []
     for layer, explainer in explainers.items():
         shown = explain_layers(model, images, {layer: explainer}, batch_size=batch_size)[layer]
         seen = read_images(model, shown, batch_size=batch_size)
         shares = {"natural_accuracy": seen == labels, "agreement": seen == read}
         if independent is not None: shares["independent_agreement"] = read_images(independent, shown, batch_size=batch_size) == read
+        if shaken is not None: shares["shaken_accuracy"] = read_layers(model, {layer: explainer}, shaken, model, batch_size=batch_size)[0][layer] == labels
         row = {"layer": layer, "n": len(images)}
         for name, right in shares.items():
             low, high = wilson_interval(int(right.sum()), len(right))
@@ -332,7 +348,7 @@ def list_changes(
             if at["n"] and at["area"]: add(row, f"{word} here / everywhere", name, "ratio", [at[key] for key in ("share", "low", "high")], at["n"], 1 / at["area"])
     return rows
 
-# %% ../nbs/62_diagnosis.ipynb #7fd8c542
+# %% ../nbs/62_diagnosis.ipynb #62d23f8d
 def diagnose(
     model:nn.Module, # the classifier
     explainers:dict, # Explainer by title, in the order of the layers
@@ -342,18 +358,21 @@ def diagnose(
     *,
     classes:int, # number of classes
     independent:nn.Module|None=None, # a classifier trained from another seed
+    shaken:torch.Tensor|None=None, # the same images under random signs, see `shake`
     batch_size:int=500, # images at a time
-) -> dict: # clean_accuracy, robust_accuracy, layers, drift, sanity, misclassified; with an independent reader independent_layers, with max pooling pooling_changed
+) -> dict: # clean_accuracy, robust_accuracy, layers, drift, sanity, misclassified; shaken_accuracy with shaken images, independent_layers with an independent reader, pooling_changed with max pooling
     "Eq. 5 with its sanity rows, Figure 7 and the pooling indices. ValueError for bad input."
-    if natural.shape != adversarial.shape: raise ValueError(f"natural and adversarial must have one shape; got {tuple(natural.shape)} and {tuple(adversarial.shape)}")
+    for name, others in ("adversarial", adversarial), ("shaken", shaken):
+        if others is not None and others.shape != natural.shape: raise ValueError(f"natural and {name} must have one shape; got {tuple(natural.shape)} and {tuple(others.shape)}")
     check_labels(labels, len(natural), classes)
     check_readers(natural, model, independent, classes=classes)
     before, answers = (read_images(model, images, batch_size=batch_size) for images in (natural, adversarial))
     read, *others = read_layers(model, explainers, adversarial, *[reader for reader in (model, independent) if reader is not None], batch_size=batch_size)
     found = {"clean_accuracy": (before == labels).double().mean().item(), "robust_accuracy": (answers == labels).double().mean().item(),
              "layers": vulnerabilities({layer: classes == labels for layer, classes in read.items()}), "drift": drift_rows(read, labels, answers, before),
-             "sanity": sanity_rows(model, explainers, natural, labels, independent=independent, batch_size=batch_size),
+             "sanity": sanity_rows(model, explainers, natural, labels, independent=independent, shaken=shaken, batch_size=batch_size),
              "misclassified": misclassification_matrix(labels, answers, classes)[0].tolist()}
+    if shaken is not None: found["shaken_accuracy"] = (read_images(model, shaken, batch_size=batch_size) == labels).double().mean().item()
     for seen in others: found["independent_layers"] = vulnerabilities({layer: classes == labels for layer, classes in seen.items()})
     if not any(isinstance(module, nn.MaxPool2d) for module in model.modules()): return found
     return found | {"pooling_changed": {name: share.mean().item() for name, share in changed_pooling_indices(model, natural, adversarial, batch_size=batch_size).items()}}

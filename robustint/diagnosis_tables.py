@@ -135,15 +135,15 @@ def group_diagnoses(
         groups.setdefault(key, []).append(read_record(path))
     return groups
 
-# %% ../nbs/85_diagnosis_tables.ipynb #56c25f00
+# %% ../nbs/85_diagnosis_tables.ipynb #67292920
 QUANTITIES = { # title -> section of the record, key, unit
     "Acc": ("layers", "accuracy", "%"), "Vul": ("layers", "vulnerability", "%"), "Acc, read by another network": ("independent_layers", "accuracy", "%"),
     "Acc, natural images": ("sanity", "natural_accuracy", "%"), "agreement": ("sanity", "agreement", "%"), "agreement of another network": ("sanity", "independent_agreement", "%"),
-    "within-class distance": ("sanity", "distance_ratio", "ratio"),
+    "Acc, random signs": ("sanity", "shaken_accuracy", "%"), "within-class distance": ("sanity", "distance_ratio", "ratio"),
     "misclassified, read as true": ("drift", "as_true", "%"), "misclassified, read as wrong": ("drift", "as_wrong", "%"), "misclassified, read as a third": ("drift", "as_other", "%")}
 WHOLE = "whole network" # stands for the layer where the network itself is meant
 
-# %% ../nbs/85_diagnosis_tables.ipynb #0e884fc1
+# %% ../nbs/85_diagnosis_tables.ipynb #d1739f76
 def list_quantities(
     record:dict, # of run_diagnosis
 ) -> list[dict]: # layer, quantity, unit, since, value, low, high (NaN where the record has no interval), n
@@ -161,6 +161,7 @@ def list_quantities(
         layer = name.removeprefix("blocks.").split(".")[0]
         rows.append({"layer": layer, "quantity": "pooling indices changed", "unit": "%", "since": "", "value": 100 * share, "low": float("nan"), "high": float("nan"), "n": record["n"]})
     shares = {"accuracy, natural images": (metrics["clean_accuracy"], record["n"]), "accuracy, attacked images": (metrics["robust_accuracy"], record["n"])}
+    if "shaken_accuracy" in metrics: shares["accuracy, random signs"] = metrics["shaken_accuracy"], record["n"]
     if "whole" in metrics: shares["accuracy, whole test set"] = metrics["whole"]["clean_accuracy"], metrics["whole"]["n"]
     for title, (share, n) in shares.items():
         low, high = wilson_interval(round(share * n), n)
