@@ -284,6 +284,8 @@ def test_the_params_file_names_parameters_of_run_atta():
     blocks = yaml.safe_load((house.ROOT / "nbs/experiments/params/interpretgan.yaml").read_text(encoding="utf-8"))["atta"]
     unknown = {name for dataset in blocks.values() for block in dataset.values() for name in block} - set(known)
     assert not unknown and {"robust", "natural"} <= set(blocks["mnist"])
+    silent = [f"{dataset} {name}" for dataset, of in blocks.items() for name, block in of.items() if "evaluate_images" not in block]
+    assert not silent, f"the notebook's own evaluate_images is for the smoke test: {silent} must name theirs"
 
 
 def test_losses_in_lower_precision_look_at_wide_logits():
