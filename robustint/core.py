@@ -28,17 +28,20 @@ def make_generator(
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1; got {seed!r}: write for example seed=0")
     return torch.Generator(device=device).manual_seed(int(seed))
 
-# %% ../nbs/00_core.ipynb #b5253197
+# %% ../nbs/00_core.ipynb #1b7e04b0
 def pick_device(
     name:str|torch.device|None=None, # "cpu", "cuda", "cuda:1", "mps"; None: $ROBUSTINT_DEVICE, else cuda where there is one, else cpu
 ) -> torch.device: # a device that exists on this machine
-    "The device to compute on. Raises ValueError when the device named is unknown or not there."
+    "The device to compute on; a cuda device then convolves in full single precision. Raises ValueError when the device named is unknown or not there."
     name = name or os.environ.get("ROBUSTINT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: raise ValueError(f"no device is called {name!r}: write cpu, cuda, cuda:1 or mps") from None
     there = {"cpu": True, "mps": torch.backends.mps.is_available(),
              "cuda": (device.index or 0) < torch.cuda.device_count()}.get(device.type, False)
     if not there: raise ValueError(f"device {name} is not on this machine: write cpu, or set ROBUSTINT_DEVICE=cpu")
+    if device.type != "cuda": return device
+    torch.backends.cudnn.allow_tf32 = False
+    if device.index is None and int(os.environ.get("WORLD_SIZE", "1")) > 1: return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 # %% ../nbs/00_core.ipynb #0c303402

@@ -18,12 +18,13 @@ from .core import widen
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
 
-# %% ../nbs/40_objectives.ipynb #738c8db0
+# %% ../nbs/40_objectives.ipynb #6659faf1
 class Pair:
     "Logits and maps of clean images x and perturbed images x', computed when first asked for."
 
-    def __init__(self, network, images, labels, perturbed=None, maps=False, clean=None):
+    def __init__(self, network, images, labels, perturbed=None, maps=False, clean=None, whole=None):
         self.network, self.images, self.labels, self.perturbed = network, images, labels, perturbed
+        self.whole = len(images) if whole is None else whole # size of the batch, of which these may be one process's share
         self.maps, self.clean, self.seen = maps, clean, None # whether maps are wanted; the clean side if it is known already; both sides
 
     def views(self, images):
@@ -85,7 +86,7 @@ def _paper_scale(term, positions):
     "What turns a term in the code's scale into the paper's: 1/(2u) for two classes, 1/u for one."
     return {two_class_term: 1 / (2 * positions), one_class_term: 1 / positions}[term]
 
-# %% ../nbs/40_objectives.ipynb #0236b918
+# %% ../nbs/40_objectives.ipynb #893b4862
 def attribution_norm(
     pair:Pair, # images and perturbed images, seen by a network
     points:int=5, # of the path from x to x'
@@ -95,11 +96,11 @@ def attribution_norm(
     shares = torch.arange(1, points + 1, device=offset.device, dtype=offset.dtype).view(-1, 1, 1, 1, 1) / points
     path = (pair.images + shares * offset).flatten(0, 1)
     if not path.requires_grad: path.requires_grad_()
-    loss = F.cross_entropy(widen(pair.network(path)), pair.labels.repeat(points), reduction="sum") / n
+    loss = F.cross_entropy(widen(pair.network(path)), pair.labels.repeat(points), reduction="sum") / pair.whole
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 
-# %% ../nbs/40_objectives.ipynb #b9cd3000
+# %% ../nbs/40_objectives.ipynb #24ddbc00
 @dataclass(frozen=True)
 class Method:
     "A method of Table 1: the terms its attack climbs and the terms its training descends."
@@ -124,18 +125,23 @@ class Method:
             values.append(weight * term(pair))
         return sum(values)
 
-    def climb(self, network, images, labels) -> Callable:
-        "The inner objective: perturbed images -> values (N,). None where the method has no attack."
+    @property
+    def needs_whole(self):
+        "Whether a term depends on the size of the whole batch, so that a share of it is not enough."
+        return attribution_norm in self.inner + self.outer
+
+    def climb(self, network, images, labels, whole=None) -> Callable:
+        "The inner objective: perturbed images -> values (N,). None where the method has no attack. `whole`: size of the batch, where these are a share."
         if not self.inner: return None
         maps = any(term in (two_class_term, one_class_term) for term in self.inner)
         network = self.explained(network)
         with torch.no_grad(): clean = Pair(network, images, labels, maps=maps).views(images) if maps or divergence in self.inner else ()
-        return lambda perturbed: self.total(self.inner, Pair(network, images, labels, perturbed, maps, clean))
+        return lambda perturbed: self.total(self.inner, Pair(network, images, labels, perturbed, maps, clean, whole))
 
-    def loss(self, network, images, perturbed, labels) -> torch.Tensor:
-        "The outer loss, (N,), differentiable in the weights of the network."
+    def loss(self, network, images, perturbed, labels, whole=None) -> torch.Tensor:
+        "The outer loss, (N,), differentiable in the weights of the network. `whole`: as for `climb`."
         maps = any(term in (two_class_term, one_class_term) for term in self.outer)
-        return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps))
+        return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps, whole=whole))
 
 # %% ../nbs/40_objectives.ipynb #dd15c0ed
 METHODS = {

@@ -59,7 +59,7 @@ class RandomStarts:
     def start(self, place, images, ball): return ball.random_start(images, self.generators["noise"])
     def keep(self, place, images, perturbed): return {}
 
-# %% ../nbs/41_training.ipynb #5de99a11
+# %% ../nbs/41_training.ipynb #9999b636
 def find_perturbed(
     model:nn.Module, # the network being trained
     images:torch.Tensor, # (N, C, H, W)
@@ -72,12 +72,13 @@ def find_perturbed(
     generator:torch.Generator=None, # source of a random start
     start:Callable=None, # ball -> first points; if not given a uniform random start
     compiled:bool=False, # whether the steps run as one compiled piece, see `ascend`
+    **whole, # whole=: size of the batch, where these are a share and the method needs it
 ) -> torch.Tensor: # x', (N, C, H, W); the images themselves while eps is 0 or the method has no attack
     "The inner maximisation: sign steps up the method's objective, from a point of the ball."
     if eps == 0: return images
     network = fold(model, frozen=True)
     with evaluation_mode(network):
-        climb, ball = method.climb(network, images, labels), Linf(eps)
+        climb, ball = method.climb(network, images, labels, **whole), Linf(eps)
         if climb is None: return images
         first = ball.random_start(images, generator) if start is None else start(ball)
         return ascend(climb, images, ball, steps=steps, step_size=step_size, start=first, compiled=compiled)
@@ -188,18 +189,19 @@ def join_team(): # an accelerate.Accelerator, or None
     from accelerate import Accelerator
     return Accelerator()
 
-# %% ../nbs/41_training.ipynb #35fbd163
+# %% ../nbs/41_training.ipynb #717f56bb
 def _take_step(run, index, labels, method, settings, radius, rate, team):
     "Attack one batch and descend the loss at it once; counts the step. FloatingPointError if the loss is not finite."
     began, share = time.monotonic(), team.share(len(index))
     batch, place = run.source.take(index)
     images, labels = batch[share], labels[share]
     lower = partial(lower_precision, settings["precision"], labels.device)
+    whole = {"whole": len(batch)} if team.size > 1 and getattr(method, "needs_whole", False) else {}
     with lower(): perturbed = find_perturbed(run.model, images, labels, method, eps=radius, steps=settings["inner_steps"],
-                                             step_size=settings["inner_step_size"], compiled=settings["compiled"], start=lambda ball: run.source.start(place, batch, ball)[share])
+                                             step_size=settings["inner_step_size"], compiled=settings["compiled"], start=lambda ball: run.source.start(place, batch, ball)[share], **whole)
     numbers = run.source.keep(place, images, perturbed)
     with borrowed_chance(run.generators["dropout"], labels.device), lower():
-        loss = method.loss(fold(run.model), images, perturbed, labels).mean() * (len(images) / len(batch))
+        loss = method.loss(fold(run.model), images, perturbed, labels, **whole).mean() * (len(images) / len(batch))
     loss.backward()
     loss = team.add(loss.detach())
     if not torch.isfinite(loss):

@@ -47,6 +47,18 @@ def test_device_comes_from_the_argument_then_the_environment(monkeypatch):
     one_line(error)
 
 
+def test_each_process_has_a_card_of_its_own_and_single_precision_is_single(monkeypatch):
+    monkeypatch.delenv("ROBUSTINT_DEVICE", raising=False)
+    monkeypatch.setattr(core.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(core.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(core.torch.backends.cudnn, "allow_tf32", True)
+    assert core.pick_device() == core.torch.device("cuda") and not core.torch.backends.cudnn.allow_tf32
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert core.pick_device() == core.pick_device("cuda") == core.torch.device("cuda:1")
+    assert core.pick_device("cuda:0") == core.torch.device("cuda:0") and core.pick_device("cpu") == core.torch.device("cpu")
+
+
 def test_roots_do_not_depend_on_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("ROBUSTINT_HOME", raising=False)
     monkeypatch.delenv("ROBUSTINT_DATA", raising=False)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from networks import Hard
 
+from robustint import pgd as pgd_module
 from robustint import training
 from robustint.attributions import integrated_gradients
 from robustint.core import make_generator
@@ -156,10 +158,26 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(stop, digits, tmp_pat
     unbroken, broken, state = fresh(), fresh(), tmp_path / "state.safetensors"
     expected = train(unbroken, digits.images, digits.labels, make_method("int"), **SETTINGS)
     stop_at(stop, lambda: train(broken, digits.images, digits.labels, make_method("int"), state=state, save_every=0, **SETTINGS))
-    broken = fresh()
-    log = train(broken, digits.images, digits.labels, make_method("int"), state=state, **SETTINGS)
+    broken, elsewhere = fresh(), tmp_path / "elsewhere" / "copied.safetensors"
+    elsewhere.parent.mkdir()
+    shutil.move(state, elsewhere) # a state may be copied away and back, to another machine too
+    assert elsewhere.stat().st_size < 2.5e6
+    log = train(broken, digits.images, digits.labels, make_method("int"), state=elsewhere, **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), broken.parameters()))
     assert [e["loss"] for e in log] == [e["loss"] for e in expected]
+
+
+@pytest.mark.full
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(digits, tmp_path):
+    given, settings = (digits.images, digits.labels, make_method("adv")), SETTINGS | {"inner_steps": 5, "compiled": True}
+    unbroken, state = fresh(), tmp_path / "state.safetensors"
+    train(unbroken, *given, **settings)
+    stop_at(13, lambda: train(fresh(), *given, state=state, save_every=0, **settings))
+    torch._dynamo.reset() # as in another process
+    pgd_module._compile_step.cache_clear()
+    broken = fresh()
+    train(broken, *given, state=state, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), broken.parameters()))
 
 
 # --- what a loop may be given --------------------------------------------------------------------------------------------
@@ -471,15 +489,16 @@ def train_in_a_team(rank, size, port, folder, name):
     from accelerate import Accelerator
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
-    images, labels = load_dataset("digits").images[:70], load_dataset("digits").labels[:70]
+    images, labels = load_dataset("digits").images[:35], load_dataset("digits").labels[:35]
     model = Small(1, 10, generator=make_generator(0))
-    log = train(model, images, labels, make_method(name), epochs=1, batch_size=35, learning_rate=[[0, 0.5]], eps=0.1, eps_ramp=(0, 0), inner_steps=2, inner_step_size=0.05, optimiser=torch.optim.SGD,
+    log = train(model, images, labels, make_method(name), epochs=1, batch_size=35, learning_rate=[[0, 1.0]], eps=0.1, eps_ramp=(0, 0), inner_steps=2, inner_step_size=0.05, optimiser=torch.optim.SGD,
                 accelerator=Accelerator(cpu=True) if size > 1 else None, state=f"{folder}/{size}.state" if size > 1 else None)
     torch.save({"weights": [p.detach() for p in model.parameters()], "loss": log[-1]["loss"]}, f"{folder}/{size}-{rank}")
 
 
-@pytest.mark.parametrize("name", ["adv", pytest.param("int", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["adv", pytest.param("int", marks=pytest.mark.full), pytest.param("ig_norm", marks=pytest.mark.full)])
 def test_two_processes_train_as_one(name, tmp_path):
+    "One step of rate 1, so that the weights differ by as much as the gradients."
     import socket
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -492,6 +511,22 @@ def test_two_processes_train_as_one(name, tmp_path):
     for a, b, c, start in zip(one["weights"], first["weights"], second["weights"], begun):
         assert torch.equal(b, c) and not torch.equal(a, start)
         assert (a - b).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_shares_of_a_batch_make_the_gradient_of_the_batch(name):
+    "In double precision, without processes: what a team adds up is what one process finds."
+    network, method = make_model("small", channels=1, generator=make_generator(0)).double(), make_method(name)
+    images, perturbed, labels = (part.double() if part.is_floating_point() else part for part in pair())
+    def gradient(*shares):
+        given = {"whole": len(images)} if method.needs_whole else {}
+        total = sum(method.loss(network, images[share], perturbed[share], labels[share], **given).sum() for share in shares) / len(images)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, network.parameters())])
+    whole, shared = gradient(slice(None)), gradient(slice(0, 4), slice(4, 6))
+    assert (whole - shared).abs().max() < 1e-12 * whole.abs().max().clamp(min=1)
+    if method.needs_whole: # and the climb likewise
+        climbs = [method.climb(network, images[share], labels[share], whole=6)(perturbed[share]) for share in (slice(None), slice(0, 4), slice(4, 6))]
+        assert torch.allclose(climbs[0], torch.cat(climbs[1:]))
 
 
 def test_a_batch_that_is_too_small_for_the_team_is_refused():
