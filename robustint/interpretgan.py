@@ -90,26 +90,33 @@ def name_layers(
     if unknown: raise ValueError(f"no layer is called {', '.join(unknown)}: choose among {', '.join(names)}")
     return {name: "" if name == names[-1] else start + name for name in names if titles is None or name in titles}
 
-# %% ../nbs/61_interpretgan.ipynb #d8006c28
+# %% ../nbs/61_interpretgan.ipynb #17ea7a66
+def _keep(found, title, module, inputs, output):
+    if title in found: raise ValueError(f"the module of {title} runs more than once in a pass, so it is not one layer: name a module that runs once, such as the block around it, or give each place a module of its own")
+    if not isinstance(output, torch.Tensor): raise ValueError(f"the module of {title} returns a {type(output).__name__} and not a tensor: name a module inside it, or wrap it in one that returns the tensor")
+    found[title] = output.clone() # a later in-place ReLU must not reach it
+
+# %% ../nbs/61_interpretgan.ipynb #22035c04
 @torch.no_grad()
 def _tap(model, images, layers):
     found, hooks, modules = {}, [], dict(model.named_modules())
-    def keep(title, module, inputs, output): found[title] = output.clone() # a later in-place ReLU must not reach it
     try:
         for title, name in layers.items():
-            if name: hooks.append(modules[name].register_forward_hook(partial(keep, title)))
+            if name: hooks.append(modules[name].register_forward_hook(partial(_keep, found, title)))
         with evaluation_mode(model): logits = model(images)
     finally:
         for hook in hooks: hook.remove()
+    silent = [title for title, name in layers.items() if name and title not in found]
+    if silent: raise ValueError(f"the module of {', '.join(silent)} does not run when the classifier reads an image: name a module that does, or call it as a module in forward")
     return logits, {title: found[title] if name else logits.softmax(1) for title, name in layers.items()}
 
-# %% ../nbs/61_interpretgan.ipynb #c857164c
+# %% ../nbs/61_interpretgan.ipynb #2aebb374
 def tap_layers(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
     layers:dict, # title -> name of a module; "" for the probabilities at the end
 ) -> tuple: # logits (N, classes), {title: activations (N, ...)}
-    "The activations of all layers, and the logits, in one pass of the classifier in evaluation mode. ValueError for bad images or layers that are not there."
+    "The activations of all layers, and the logits, in one pass of the classifier in evaluation mode. ValueError for bad images, for layers that are not there and for modules that are no layer."
     check_images(images, channels=getattr(model, "channels", None))
     check_layers(model, layers)
     return _tap(model, images, layers)

@@ -258,7 +258,7 @@ def set_gan_tensors(
 class Diverged(RuntimeError):
     "A GAN whose numbers are not finite, or whose pictures are all alike."
 
-# %% ../nbs/60_progan.ipynb #db11378b
+# %% ../nbs/60_progan.ipynb #3f92f369
 def check_alive(
     name:str, # of the player, for the error
     means:dict, # critic, generator, term, inputs and spread, means over the last steps
@@ -266,9 +266,10 @@ def check_alive(
     least_spread:float=0.02, # of the pictures, as a share of the real ones'
     *,
     tensors:dict|None=None, # of the player, see gan_tensors
+    kept:bool=False, # whether a state is on the disk: then the error says that it is good
 ) -> None:
     "Refuse to go on with a GAN that is lost. Raises Diverged."
-    remedy = "lower the learning rate, or choose the loss nonsaturating with a penalty; the last saved state is good and is kept"
+    remedy = "lower the learning rate, or raise the penalty" + ("; the last saved state is good and is kept" if kept else "")
     lost = [key for key, value in means.items() if not abs(value) < float("inf")] or list_broken(tensors or {})[:1]
     if lost: raise Diverged(f"{name} diverged before step {step}: {' and '.join(lost)} not finite: {remedy}")
     if means["inputs"] > 0.2 and means["spread"] < least_spread: raise Diverged(f"{name} collapsed before step {step}: its pictures differ {means['spread']:.3f} times as much as real ones: {remedy}")
@@ -303,10 +304,10 @@ def _describe(players, images, **settings):
     shapes = {name: [[key, list(value.shape)] for part in player.parts.values() for key, value in part.state_dict().items()] for name, player in players.items()}
     return fingerprint(dict(players=shapes, rules={name: player.settings for name, player in players.items()}, images=[list(images.shape), digest_tensors({"images": images}, 4096)], **settings))
 
-# %% ../nbs/60_progan.ipynb #e8755253
-def _make_entry(run, sums, count, scale, alpha, seconds):
+# %% ../nbs/60_progan.ipynb #3081dbb0
+def _make_entry(run, sums, count, scale, alpha, seconds, kept):
     means = {name: {key: value.item() / count for key, value in sum_.items()} for name, sum_ in sums.items()}
-    for name, values in means.items(): check_alive(name, values, run.step, tensors=gan_tensors(run.players[name]))
+    for name, values in means.items(): check_alive(name, values, run.step, tensors=gan_tensors(run.players[name]), kept=kept)
     return {"step": run.step, "side": 4 * 2 ** scale, "alpha": alpha, "seconds": round(seconds, 3)} | means
 
 # %% ../nbs/60_progan.ipynb #2c4f3f32
@@ -322,7 +323,7 @@ def _check_growth(players, images, steps, batch_size, every, fade):
     for name, part, known in ((name, part, len(net.widths)) for name, player in players.items() for part, net in player.parts.items()):
         if known != len(steps): raise ValueError(f"the {part} of {name} has {known} scales, and steps are given for {len(steps)}: give widths and steps for the same scales")
 
-# %% ../nbs/60_progan.ipynb #9f83385d
+# %% ../nbs/60_progan.ipynb #7967c597
 def grow(
     players:dict, # Gan by name, of as many scales as there are steps; they are trained in place
     images:torch.Tensor, # real images, (N, C, S, S) in [0,1], on the players' device; S is 4 * 2**(number of scales - 1)
@@ -354,7 +355,7 @@ def grow(
             sums[name] = {key: value + sums.get(name, {}).get(key, 0.) for key, value in losses.items()}
         run.step, count = step + 1, count + 1
         if run.step % every and run.step != total: continue
-        entry = _make_entry(run, sums, count, scale, alpha, time.monotonic() - began)
+        entry = _make_entry(run, sums, count, scale, alpha, time.monotonic() - began, kept=state is not None and Path(state).exists())
         run.log.append(entry | (observe(players, run.step, scale, alpha) if observe else {}))
         if state is not None: run.save(state, print_)
         bar.set_postfix(side=4 * 2 ** scale, alpha=f"{alpha:.2f}")

@@ -201,6 +201,58 @@ def test_colour_images_and_any_torch_classifier(tmp_path):
     assert all(torch.equal(a[title], b[title]) and a[title].shape == (3, 3, 16, 16) for title in a)
 
 
+class Branches(nn.Module):
+    "No chain: a residual block with one ReLU for both places, a branch that returns a tuple, a head that no pass comes to."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+        self.pool, self.rows, self.head, self.spare = nn.MaxPool2d(2, return_indices=True), nn.GRU(12, 5, batch_first=True), nn.Linear(20, 4), nn.Linear(20, 4)
+
+    def forward(self, x):
+        before = self.relu(self.first(x))
+        after = self.relu(before + self.second(before))
+        pooled, _ = self.pool(after)  # (N, 3, 4, 4)
+        rows, _ = self.rows(pooled.transpose(1, 2).flatten(2))  # (N, 4, 5)
+        return self.head(rows.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def branches():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Branches().eval()
+
+
+def test_a_classifier_that_is_no_chain_is_explained(branches, images):
+    layers = {"first": "first", "second": "second", "head": "head", "answer": ""}
+    logits, latents = tap_layers(branches, images[:4], layers)
+    first = branches.first(images[:4])
+    torch.testing.assert_close(latents["first"], first)  # as it was before the ReLU, which works in place
+    torch.testing.assert_close(latents["second"], branches.second(first.relu()))
+    torch.testing.assert_close(latents["head"], logits)
+    explainers, log = train_explainers(branches, layers, images, **SHORT)
+    assert log[-1]["step"] == 14 and all(e.shape == (3, 1, 8, 8) for e in explain_layers(branches, images[:3], explainers).values())
+
+
+NO_LAYER = {"relu": "module of it runs more than once in a pass", "pool": "module of it returns a tuple and not a tensor", "rows": "returns a tuple", "spare": "module of it does not run when the classifier reads an image"}
+
+
+@pytest.mark.parametrize("name", NO_LAYER)
+def test_a_module_that_is_no_layer_is_refused_at_the_door_and_at_every_pass(name, branches, images):
+    layers, there = {"first": "first", "it": name}, make_explainers(branches, {"first": "first"}, images, widths=(6, 4), generator=make_generator(0))
+    there["it"] = there["first"]
+    there["it"].module = name
+    attempts = (lambda: tap_layers(branches, images, layers), lambda: make_explainers(branches, layers, images, widths=(6, 4)), lambda: table_filters(branches, layers, images, "mnist"),
+                lambda: explain(branches, "it", images, explainers=there), lambda: explanation_feed(branches, layers)(images[:8], None),
+                lambda: train_explainers(branches, layers, images, observe=lambda *_: pytest.fail("a step was taken"), **SHORT))
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=NO_LAYER[name]) as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    assert not any(module._forward_hooks for module in branches.modules()), "a hook survived an error"
+
+
 BAD_SETTINGS = [(dict(widths=(6, 4, 4)), "has 3 scales, and steps are given for 2"), (dict(widths=(6,)), "has 1 scales"), (dict(widths=()), "name no scale"), (dict(first_scale=2), "one of the 2 scales"),
                 (dict(first_scale=-1), "one of the 2 scales"), (dict(weight=-1.0), "weight"), (dict(weight=math.nan), "weight"), (dict(averaging=1.0), "averaging"), (dict(fade=3.0), "fade"),
                 (dict(learning_rate=-1.0), "learning_rate"), (dict(penalty=-5.0), "penalty"), (dict(steps=(1.5, 2)), "steps.0."), (dict(layers=["FC1"]), "write name_layers"), (dict(layers={}), "no layer is named"),

@@ -198,8 +198,9 @@ def test_a_gradient_that_is_not_finite_at_the_last_step_before_a_save(poisoned, 
         return {"gan": (torch.randn(len(batch), 4, generator=generator), (lambda drawn: (0 * drawn).sum().sqrt()) if len(calls) == poisoned else None)}
 
     assert poisoned % STEPS["every"] == 0
-    with pytest.raises(Diverged, match=f"gan diverged before step {poisoned}: .* not finite: .*last saved state is good"):
+    with pytest.raises(Diverged, match=f"gan diverged before step {poisoned}: .* not finite: ") as error:
         grow({"gan": player()}, images, feed, state=state, **STEPS)
+    assert ("the last saved state is good" in str(error.value)) == (poisoned > 2), "nothing is kept before the first state is saved"
     assert state.exists() == (poisoned > 2)
     if state.exists():
         tensors, header = load_tensors(state)
@@ -232,11 +233,50 @@ def test_a_collapse_is_said(images, tmp_path):
             layer.weight.data.zero_()
         return gan
 
-    with pytest.raises(Diverged, match="gan collapsed before step 2"):
-        grow({"gan": one_picture()}, images, noise_feed(4), state=state, **STEPS)
+    for where in (None, state):
+        with pytest.raises(Diverged, match="gan collapsed before step 2") as error:
+            grow({"gan": one_picture()}, images, noise_feed(4), state=where, **STEPS)
+        assert "kept" not in str(error.value)
     assert not state.exists()
     grow({"gan": one_picture()}, images, lambda batch, _: {"gan": (torch.ones(len(batch), 4), None)}, **STEPS)  # inputs that are all alike: no fault of the generator
     check_alive("gan", dict(critic=1.0, generator=1.0, term=0.0, inputs=1.0, spread=0.5), 1)
+
+
+def test_a_collapse_after_a_good_start_leaves_the_last_good_state(images, tmp_path):
+    "From the seventh step on the generator draws one picture, whatever it is given."
+    state, gan, calls = tmp_path / "state.safetensors", player(), []
+
+    def feed(batch, generator):
+        calls.append(0)
+        for layer in gan.parts["generator"].to_image if len(calls) > 6 else []:
+            layer.weight.data.zero_()
+        return noise_feed(4)(batch, generator)
+
+    with pytest.raises(Diverged, match="gan collapsed before step 8: .*the last saved state is good and is kept") as error:
+        grow({"gan": gan}, images, feed, state=state, **STEPS)
+    assert "\n" not in str(error.value)
+    tensors, header = load_tensors(state)
+    assert header["step"] == 6 and [entry["step"] for entry in header["log"]] == [2, 4, 6]
+    assert all(value.any() for name, value in tensors.items() if name.startswith("player.gan.generator.to_image") and name.endswith("weight"))
+    good, continued = player(), player()
+    expected = grow({"gan": good}, images, noise_feed(4), **STEPS)
+    log = grow({"gan": continued}, images, noise_feed(4), state=state, **STEPS)
+    assert same(good, continued) and [entry["gan"] for entry in log] == [entry["gan"] for entry in expected]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0])
+def test_the_loss_of_eq_1_trains_as_well(penalty):
+    "Images with one bright side: after some steps the pictures are as bright as they, as varied, and the critic is not sure."
+    bright = torch.rand(64, 1, 8, 8, generator=make_generator(3)) * 0.3
+    bright[::2, :, :, :4] += 0.6
+    bright[1::2, :, :, 4:] += 0.6
+    chance = make_generator(0)
+    gan = Gan(Generator((10, 8), latent=4, generator=chance), Critic((10, 8), generator=chance), loss="standard", penalty=penalty, learning_rate=5e-3, averaging=0.95)
+    before = F.l1_loss(gan.averaged(torch.randn(200, 4, generator=make_generator(5))).mean(0), bright.mean(0))
+    log = grow({"gan": gan}, bright, noise_feed(4), steps=(40, 80), batch_size=16, every=20)
+    after = F.l1_loss(gan.averaged(torch.randn(200, 4, generator=make_generator(5))).mean(0), bright.mean(0))
+    assert after < 0.7 * before and log[-1]["gan"]["generator"] < 0, "log(1 - D) is negative"
+    assert 0.5 < log[-1]["gan"]["spread"] < 2 and log[-1]["gan"]["critic"] > 0.3
 
 
 def test_players_grow_side_by_side_as_they_would_alone(images):
