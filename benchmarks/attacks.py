@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from common import SMOKE, Unfolded, cases, find_missing, forward_flops, hold, load_images, load_network, run
 from port import PlainSmall
+from targets import OURS
 
 from robustint.models import fold
 from robustint.pgd import pgd
@@ -49,11 +50,11 @@ PREPARE = {"torchattacks": prepare_torchattacks, "foolbox": prepare_foolbox, "ar
 
 
 def make(case):
-    "The contestants: ours, compiled, as it is, and without folding; the peers; and one peer on our module and on its folded form."
+    "The contestants: ours, compiled, not compiled (the default), and not even folded; the peers; and one peer on our module and on its folded form."
     x, y, _ = load_images(**case)
     x, y, model = x.to(case["device"]), y.to(case["device"]), load_network(**case)[0].to(case["device"])
     ours = partial(pgd, images=x, labels=y, eps=case["eps"], steps=case["steps"], step_size=case["step_size"])
-    contestants = {"robustint": partial(ours, model, compiled=True), "robustint, not compiled": partial(ours, model), "robustint, unfolded": partial(ours, Unfolded(model))}
+    contestants = {OURS[0]: partial(ours, model, compiled=True), OURS[1]: partial(ours, model), "robustint, unfolded": partial(ours, Unfolded(model))}
     usual = PlainSmall(model).requires_grad_(False).eval() if case["dataset"] == "mnist" else model
     for name in case["peers"]:
         if not find_missing([name]):
@@ -65,6 +66,11 @@ def make(case):
     return contestants
 
 
+def list_pairs(names):
+    "Ours by default beside ours compiled, and everybody else beside each of the two."
+    return [(OURS[1], OURS[0])] + [(name, ours) for ours in OURS for name in names if name not in OURS]
+
+
 def check(contestants, case):
     "Robust accuracy under each attack, and the share of its adversarial pixels that are ours to 1e-4."
     _, y, _ = load_images(**case)
@@ -72,7 +78,7 @@ def check(contestants, case):
     found = {name: attack().detach().cpu() for name, attack in contestants.items()}
     with torch.no_grad():
         return {name: {"robust_accuracy": (model(x).argmax(1) == y).float().mean().item(),
-                       "equal_pixels": ((x - found["robustint"]).abs() <= 1e-4).float().mean().item()} for name, x in found.items()}
+                       "equal_pixels": ((x - found[OURS[0]]).abs() <= 1e-4).float().mean().item()} for name, x in found.items()}
 
 
 def measure(settings):
@@ -81,8 +87,8 @@ def measure(settings):
     for case in cases(settings).values():
         (x, _, images), (model, network) = load_images(**case), load_network(**case)
         flop = 2 * forward_flops(model, x)
-        gflop = {"robustint": flop * len(x) * case["steps"] / 1e9}
-        entry = hold(case["title"], make, case, gflop=gflop, checks=partial(check, case=case), n=len(x))
+        gflop = {OURS[0]: flop * len(x) * case["steps"] / 1e9}
+        entry = hold(case["title"], make, case, pairs=list_pairs, gflop=gflop, checks=partial(check, case=case), n=len(x))
         races.append(entry | {"network": network, "images": images, "flop_image_step": flop})
     return {"races": races, "n": max(entry["n"] for entry in races)}
 

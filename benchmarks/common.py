@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from statistics import median
 
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
-from race import PRODUCT, compare, matmul_limit, matrix_product, measure_memory, race, share_of_limit
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from race import PRODUCT, WARM_UP, compare, matmul_limit, matrix_product, measure_memory, race, share_of_limit
+from targets import SIGNS, find_asked
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,9 @@ from robustint.zoo import load_checkpoint, load_model
 
 PEERS = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "adversarial-robustness-toolbox", "captum": "captum", "scipy": "scipy"}
 SMOKE = {"repetitions": 2, "side": 256, "memory": 0, "digits": True, "peers": []}  # what the smallest scale has in common
+NOTES = {  # for the captions, by script
+    "benchmarks/attacks": "The time to compile is not in it.", "benchmarks/training": "The time to compile is not in it; ig_norm is not compiled.",
+    "benchmarks/scaling": "Nothing is compiled."}
 SMOKE_NOTE = "smoke numbers show that the script runs; they measure nothing"
 
 
@@ -89,12 +93,12 @@ def find_missing(names):
 
 
 def hold(title, make, case, *, pairs=None, gflop=None, checks=None, n=None):
-    "Let the contestants of `make(case)` race beside a matrix product; compared are `pairs`, else each with the first. `gflop` is by name."
+    "Let the contestants of `make(case)` race beside a matrix product; compared are `pairs(names)`, else each with the first. `gflop` is by name."
     contestants, (product, product_gflop) = make(case), matrix_product(case["device"], case.get("side"))
     found, (ours, *others) = checks(contestants) if checks else {}, contestants
     seconds = race(contestants | {PRODUCT: product}, case["repetitions"], device=case["device"])
     return {"title": title, "n": n, "case": case, "seconds": seconds, "checks": found, "missing": find_missing(case.get("peers", [])),
-            "ratios": [compare(seconds, *pair) for pair in pairs or [(name, ours) for name in others]],
+            "ratios": [compare(seconds, *pair) for pair in (pairs(list(contestants)) if pairs else [(name, ours) for name in others])],
             "shares": {name: share_of_limit(seconds, name, amount, product_gflop) for name, amount in (gflop or {}).items()},
             "gflop": gflop or {}, "memory_mib": measure_memory(make, case, list(contestants)[:case["memory"]])}
 
@@ -123,44 +127,68 @@ def print_race(entry):
 
 
 def label_plainly(axis):
-    "Ticks of a logarithmic axis at 1, 2, 5, 10, ... as plain numbers."
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    "Plain numbers on a logarithmic axis whose limits are final: 1, 2, 5, 10, ...; at even distances where it spans less than a decade."
+    low, high = axis.get_view_interval()
+    ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if high < 10 * low else [k * 10. ** n for n in range(-4, 5) for k in (1, 2, 5)]
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def count_repetitions(entry):
+    "How many repetitions a race has, by its contestant with the fewest."
+    return min(map(len, entry["seconds"].values()))
+
+
+def mark_asked(axes, title, ratio, place):
+    "A triangle at the ratio that was asked, pointing to where it is met; nothing where none was."
+    if find_asked(title, ratio["name"], ratio["against"]):
+        sign, asked = find_asked(title, ratio["name"], ratio["against"])
+        axes.plot(asked, place, sign[0], color=COLOURS[2], markersize=7)
 
 
 def draw_race(axes, entry):
-    "The ratios of one race as points with their ends, on a logarithmic axis."
+    "The ratios of one race as points with their ends, on a logarithmic axis; triangles where something was asked."
     for place, ratio in enumerate(entry["ratios"]):
         ends = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
         axes.errorbar(ratio["median"], place, xerr=ends, fmt="o", color=COLOURS[1], capsize=3)
         axes.annotate(f"{ratio['median']:.3g}", (ratio["median"], place), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+        mark_asked(axes, entry["title"], ratio, place)
     labels = [f"{ratio['name']} / {ratio['against']}" for ratio in entry["ratios"]]
+    axes.axvline(1, color="#888888", linewidth=0.8)
+    axes.margins(x=0.15)
     axes.set(xscale="log", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.7), xlabel="time of the first / time of the second")
     label_plainly(axes.xaxis)
-    axes.margins(x=0.15)
     axes.tick_params(labelsize=8)
-    axes.axvline(1, color="#888888", linewidth=0.8)
-    axes.set_title(entry["title"], fontsize=9)
+    axes.set_title(f"{entry['title']}\nn = {entry['n']} {'pairs' if 'pairs' in entry['case'] else 'images'}, {count_repetitions(entry)} repetitions", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_races(metrics):
+def draw_races(record):
     "A row of axes for each race."
-    races = metrics["races"]
+    races = record["metrics"]["races"]
     sizes = [len(entry["ratios"]) + 1.5 for entry in races]
-    figure, axes = new_figure(len(races), size=(7.2, 0.42 * sum(sizes) + 0.5 * len(races)), height_ratios=sizes)
+    figure, axes = new_figure(len(races), size=(7.2, 0.36 * sum(sizes) + 0.75 * len(races)), height_ratios=sizes)
     for entry, ax in zip(races, axes[:, 0]):
         draw_race(ax, entry)
     return figure
 
 
 def describe_run(record):
-    "Who measured what: the caption of a plot."
-    settings = record["parameters"]
-    note = f" Scale smoke: {SMOKE_NOTE}." if settings["scale"] == "smoke" else ""
-    return (f"Points: median of at least {settings['repetitions']} interleaved repetitions in one run; bars or bands: lowest and highest. n = {record['n']} images or pairs at most. "
-            f"{record['machine']}, torch {record['libraries']['torch']}.{note}")
+    "Who measured what, and how often: the caption of a plot."
+    metrics = record["metrics"]
+    entries = metrics.get("races") or metrics["axes"]
+    asked = any(find_asked(entry["title"], ratio["name"], ratio["against"]) for entry in metrics.get("races", []) for ratio in entry["ratios"])
+    parts = [f"Points: median of the ratio within a repetition; bars or bands: lowest and highest. At least {min(map(count_repetitions, entries))} interleaved repetitions in one run, after a warm-up that is not counted.",
+             f"Orange triangles: the ratio asked for, pointing right for {SIGNS['>='][0]}, left for {SIGNS['<='][0]}." if asked else "", NOTES.get(record["notebook"], ""),
+             f"{record['machine']}, {record['created'][:10]}, torch {record['libraries']['torch']}.",
+             f"Scale smoke: {SMOKE_NOTE}." if record["parameters"]["scale"] == "smoke" else ""]
+    return " ".join(part for part in parts if part)
+
+
+def draw_record(record, draw, figures):
+    "The plot of a record with its caption, as a file of the record's name."
+    save_figure(add_caption(draw(record), describe_run(record)), f"{figures}/{record['id'].replace('-', '_')}")
 
 
 def read_arguments(scales, arguments=None):
@@ -180,7 +208,7 @@ def run(name, scales, measure, draw=draw_races, arguments=None):
     smoke, root = given.scale == "smoke", project_root()
     device = pick_device(given.device)
     torch.set_num_threads(given.threads or torch.get_num_threads())
-    settings = scales[given.scale] | {"scale": given.scale, "threads": torch.get_num_threads(), "device": device.type}
+    settings = scales[given.scale] | {"scale": given.scale, "threads": torch.get_num_threads(), "warm_up": WARM_UP, "device": device.type}
     began = time.perf_counter()
     metrics = {"matmul_gflops": matmul_limit(settings["threads"], device, side=settings.get("side"))} | measure(settings)
     metrics["peers"] = {peer: version(package) for peer, package in PEERS.items() if find_spec(peer)}
@@ -189,7 +217,7 @@ def run(name, scales, measure, draw=draw_races, arguments=None):
                          seconds=time.perf_counter() - began, metrics=metrics)
     write_record(record, given.records or root / ("data/runs/smoke" if smoke else "data/records"))
     figures = given.figures or root / ("figures/smoke" if smoke else "figures")
-    save_figure(add_caption(draw(metrics), describe_run(record)), f"{figures}/{id.replace('-', '_')}")
+    draw_record(record, draw, figures)
     print(f"{record['machine']}; matrix product {metrics['matmul_gflops']['median']:.0f} GFLOP/s" + (f"; {SMOKE_NOTE}" if smoke else ""))
     for entry in metrics.get("races", []):
         print_race(entry)

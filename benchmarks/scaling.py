@@ -100,24 +100,37 @@ def measure(settings):
     return {"axes": axes, "n": max(settings["grid"].get("images", [settings["middle"]["images"]]))}
 
 
-def draw(metrics):
-    "A panel for each axis, logarithmic both ways; the dashed line is cost in proportion."
-    rows = -(-len(metrics["axes"]) // 3)
-    figure, axes = new_figure(rows, 3, size=(9.6, 2.9 * rows))
-    for entry, ax in zip(metrics["axes"], axes.flat):
-        values = entry["values"]
-        draw_curves(ax, {what: (values, *([r[end] for r in ratios] for end in ("median", "low", "high"))) for what, ratios in entry["ratios"].items()},
-                    xlabel=WORDS[entry["axis"]], ylabel=f"time / time at {values[0]}")
-        power = 2 if entry["axis"] == "side" else 1
-        ax.plot(values, [(value / values[0]) ** power for value in values], ":", color="#888888", label="in proportion" + (" to pixels" if power == 2 else ""))
-        ax.set(xscale="log", yscale="log")
-        label_plainly(ax.yaxis)
-        ax.set_xticks(values, values)
-        ax.set_xticks([], minor=True)
-        ax.legend(frameon=False, fontsize=8)
-    for ax in list(axes.flat)[len(metrics["axes"]):]:
+def describe_middle(axis, middle):
+    "What stays as it is along an axis."
+    words = {"images": "n = {} images", "steps": "{} steps", "classes": "{} classes", "side": "{0} x {0} pixels"}
+    return ", ".join(words[name].format(middle[name]) for name in words if name != axis)
+
+
+def draw(record):
+    "A panel for each axis, logarithmic both ways; the dotted line is cost in proportion."
+    entries, middle = record["metrics"]["axes"], record["parameters"]["middle"]
+    rows = -(-len(entries) // 3)
+    figure, axes = new_figure(rows, 3, size=(9.6, 3.1 * rows))
+    for entry, ax in zip(entries, axes.flat):
+        draw_axis(ax, entry)
+        ax.set_title(describe_middle(entry["axis"], middle), fontsize=8)
+    for ax in list(axes.flat)[len(entries):]:
         ax.set_axis_off()
     return figure
+
+
+def draw_axis(ax, entry):
+    "One panel."
+    values = entry["values"]
+    draw_curves(ax, {what: (values, *([r[end] for r in ratios] for end in ("median", "low", "high"))) for what, ratios in ((what, entry["ratios"][what]) for what in PREPARE)},
+                xlabel=WORDS[entry["axis"]], ylabel=f"time / time at {values[0]}")
+    power = 2 if entry["axis"] == "side" else 1
+    ax.plot(values, [(value / values[0]) ** power for value in values], ":", color="#888888", label="in proportion" + (" to pixels" if power == 2 else ""))
+    ax.set(xscale="log", yscale="log")
+    label_plainly(ax.yaxis)
+    ax.set_xticks(values, values)
+    ax.set_xticks([], minor=True)
+    ax.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":
