@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'attack_title', 'list_attacked', 'add_clean', 'welch_interval', 'difference_interval', 'compare_poolings',
-           'add_printed', 'judge_poolings', 'write_poolings', 'plot_poolings']
+           'add_printed', 'judge_poolings', 'describe_intervals', 'write_poolings', 'plot_poolings']
 
 # %% ../nbs/86_pooling_tables.ipynb #b0acb27d
 from pathlib import Path
@@ -125,15 +125,25 @@ def add_printed(
     rest = every[[cell not in known and cell[0] in set(table["dataset"]) for cell in every[[*names, "pooling"]].itertuples(index=False, name=None)]]
     return pandas.concat([table, rest.reindex(columns=COLUMNS).astype(table.dtypes)], ignore_index=True)
 
-# %% ../nbs/86_pooling_tables.ipynb #53540e52
+# %% ../nbs/86_pooling_tables.ipynb #b782103c
 def judge_poolings(
     table:pandas.DataFrame, # from compare_poolings or add_printed
 ) -> list[str]: # one sentence for each network and attack
     "Whether average pooling is the sturdier, by the interval of the difference."
     gains = table[table["pooling"] == "avg - max"]
     told = lambda row: "clean accuracy" if row.attack == "none" else "average pooling is sturdier" if row.low > 0 else "max pooling is sturdier" if row.high < 0 else "not decided"
-    own = lambda row: f"average - max is {100 * row.ours:+.2f} points [{100 * row.low:+.2f}, {100 * row.high:+.2f}]" + ("" if pandas.isna(row.paper) else f", the paper's {100 * row.paper:+.2f}") + f": {told(row)}."
+    own = lambda row: f"average - max is {100 * row.ours:+.2f} points [{100 * row.low:+.2f}, {100 * row.high:+.2f}]" + ("" if pandas.isna(row.paper) else f", the paper's {100 * row.paper:+.2f}") + f": {told(row)}" + (", and the paper's difference is excluded." if row.paper < row.low or row.paper > row.high else ".")
     return [f"{row.dataset}, {row.model}, {'no attack' if row.attack == 'none' else row.attack}: " + (f"the paper's average - max is {100 * row.paper:+.2f} points; there is no number of ours." if pandas.isna(row.ours) else own(row)) for row in gains.itertuples()]
+
+# %% ../nbs/86_pooling_tables.ipynb #d0f1501e
+def describe_intervals(
+    cells:pandas.DataFrame, # from list_attacked
+) -> str: # two sentences
+    "How the intervals of a pooling table were made."
+    matched = len(cells) and cells["hits"].notna().all() and cells["clean_hits"].notna().all()
+    images = ("the matched one over the images, which are the same for both" if matched else "Newcombe's over the images, which takes the two shares as independent and, as they are of the same images, is rather too wide")
+    return ("Cells: mean over seeds, with the wider on each side of Student's 95% interval over the seeds and Wilson's over the images. "
+            f"Differences hold the chance of both: the wider on each side of Welch's 95% interval over the seeds and {images}. No attack: `none`.")
 
 # %% ../nbs/86_pooling_tables.ipynb #e2873472
 def write_poolings(
