@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'COLUMNS', 'read_paper_table', 'command_for', 'find_done', 'list_cells', 'list_unmoved',
            'find_interval', 'median_interval', 'summarise_cells', 'compare', 'find_differences', 'is_exchanged',
-           'format_cell', 'to_markdown', 'spread_cells', 'write_blocks', 'plot_table']
+           'compare_rows', 'judge_rows', 'format_cell', 'to_markdown', 'spread_cells', 'write_blocks', 'plot_table']
 
 # %% ../nbs/81_tables.ipynb #b0acb27d
 from pathlib import Path
@@ -164,6 +164,34 @@ def is_exchanged(
     if any(method not in rows.index for method in methods): return False
     (a, b), off = methods, lambda x, y: abs(rows["ours"][x] - rows["paper"][y])
     return off(a, b) <= tolerance + 1e-9 and off(b, a) <= tolerance + 1e-9 and off(a, a) > tolerance
+
+# %% ../nbs/81_tables.ipynb #11c14b5e
+def compare_rows(
+    table:pandas.DataFrame, # from compare
+) -> pandas.DataFrame: # one row for each row of trained networks: cells and mean absolute difference, of the paper's and of the released network's
+    "How far the rows of networks trained here are from the paper's and from the released network's."
+    keys, rows = ["dataset", "model", "method"], []
+    released = table[table["weights"] == "released"].set_index([*keys, "epsilon"])["ours"]
+    for names, row in table[table["weights"].str.startswith("trained")].groupby(["dataset", "model", "weights", "method"], sort=False):
+        theirs = pandas.Series([released.get((*cell[:3], cell[3]), float("nan")) for cell in row[[*keys, "epsilon"]].itertuples(index=False)], index=row.index, dtype=float)
+        off, away = (row["ours"] - row["paper"]).abs(), (row["ours"] - theirs).abs()
+        rows.append((*names, int(off.count()), off.mean(), int(away.count()), away.mean()))
+    return pandas.DataFrame(rows, columns=["dataset", "model", "weights", "method", "paper_cells", "from_paper", "released_cells", "from_released"])
+
+# %% ../nbs/81_tables.ipynb #57a79bda
+def judge_rows(
+    near:pandas.DataFrame, # from compare_rows
+    goal:float=0.05, # the mean absolute difference that was to be reached, share of images
+) -> list[list[str]]: # rows of text, the first one is the head
+    "The rows of trained networks with their distances, marked where the goal was NOT reached."
+    show = lambda off, cells: f"{off:.3f} ({cells})" if cells else "–"
+    lines = [["weights", "method", "off the paper's (cells)", "off the released network's (cells)", f"at most {goal:g}"]]
+    for row in near.itertuples():
+        known = [(name, off) for name, off, cells in (("the paper's", row.from_paper, row.paper_cells), ("the released network's", row.from_released, row.released_cells)) if cells]
+        missed = [name for name, off in known if off > goal + 1e-9]
+        verdict = "–" if not known else "yes" if not missed else "**NOT reached**" + f" for {missed[0]}" * (len(missed) < len(known))
+        lines.append([f"{row.dataset}, {row.model}, {row.weights}", row.method, show(row.from_paper, row.paper_cells), show(row.from_released, row.released_cells), verdict])
+    return lines
 
 # %% ../nbs/81_tables.ipynb #8accf0a3
 def format_cell(

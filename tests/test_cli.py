@@ -25,8 +25,9 @@ import torch
 import yaml
 from house import ROOT
 
-from robustint.cli import main
-from robustint.jobs import describe_job
+from robustint.cli import LONG, make_parser, main, tell_time
+from robustint.costs import Cost
+from robustint.jobs import Job, describe_job
 from robustint.reproduce import TARGETS, plan
 
 BODY = '''
@@ -129,6 +130,9 @@ def asked(project):
     (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
     (["reproduce", "quick", "--per-gpu", "0"], "--per-gpu must be 1 or more"),
     (["reproduce", "quick", "--profile", "profiles/none"], "profiles/laptop"),
+    (["reproduce", "quick", "--seed", "7"], "no run has seed 7: planned are 0"),
+    (["reproduce", "icml2020_table1", "--seed", "0"], "--weights trained"),
+    (["plan", "icml2020_table1", "--weights", "trained", "--seed", "0", "--seed", "9"], "no run has seed 9: planned are 0, 1, 2"),
     (["plan", "quick", "-w", "0"], "1 or more"),
     (["plan", "quik"], "did you mean quick?"),
     (["fetch", "imagenet"], "mnist")])
@@ -139,7 +143,7 @@ def test_bad_parameters_end_with_2_before_anything_runs(words, told, project, ca
     assert not asked(project) and not (project / "data").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["reproduce"], ["reprodce", "quick"], ["reproduce", "quick", "-j", "two"], ["list", "--all"]])
+@pytest.mark.parametrize("words", [[], ["reproduce"], ["reprodce", "quick"], ["reproduce", "quick", "-j", "two"], ["reproduce", "quick", "--seed", "one"], ["plan", "quick", "--report-only"], ["list", "--all"]])
 def test_words_that_are_no_command_end_with_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -175,12 +179,43 @@ def test_fetch_says_in_one_line_why_it_failed(tmp_path, monkeypatch, capsys, ser
     assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("robustint: ")
 
 
+# --- how long it will take ---------------------------------------------------------------------------------------------
+
+JOBS = [Job("fit", "run_train", {}, outputs=("fit.json", "fit.safetensors")), Job("hit", "run_pgd", {}, inputs=("fit.safetensors",), outputs=("hit.json",))]
+WORDS = ["icml2020_table1", "--scale", "paper", "--weights", "trained", "--dataset", "mnist", "--method", "int", "--seed", "0", "--seed", "1", "-p", "epochs=3"]
+
+
+def told(monkeypatch, fit, *more):
+    "What is said before two runs, the first of which takes so many seconds."
+    monkeypatch.setattr("robustint.cli.price", lambda jobs, records: {"fit": Cost(fit, "made up"), "hit": Cost(10., "made up")})
+    return tell_time(JOBS, plan("icml2020_table1")[1], make_parser().parse_args(["reproduce", *WORDS, "-j", "2", *more]))
+
+
+def test_a_short_job_says_how_long_it_takes_in_one_line(monkeypatch):
+    line, = told(monkeypatch, 600.)
+    assert line == "2 runs to do, about 11 min with 2 side by side"
+
+
+def test_a_long_job_names_the_way_to_the_details_and_to_the_report_alone(monkeypatch):
+    line, more = told(monkeypatch, LONG + 3600)
+    assert "about 2.0 h" in line and "robustint plan " in more and more.endswith(" --report-only") and "\n" not in more
+    assert all(" ".join(WORDS) in part for part in more.split("; ")), "both commands choose the same runs"
+    make_parser().parse_args(["plan", *WORDS])
+    make_parser().parse_args(["reproduce", *WORDS, "--report-only"])
+
+
+def test_a_training_of_unknown_length_counts_as_long(monkeypatch):
+    line, more = told(monkeypatch, None)
+    assert "at least" in line and "1 run of unknown length" in line and "robustint plan" in more
+
+
 # --- running -----------------------------------------------------------------------------------------------------------
 
 def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
     code, out, err = run(*INT)
     assert code == 0, err
     assert len(records(project)) == 3 and "a table" in out and "written: " in out
+    assert err.index("3 runs to do, at least ") < err.index("[1/3] done"), "how long it takes is said before the first run"
     assert "[3/3] done" in err and "\r" not in err and "\x1b" not in err, "no bars where there is no terminal"
     executed = {path.name for path in (project / "data/runs/smoke").glob("*.ipynb")}
     assert executed == {f"{name}.ipynb" for name in [*records(project), "quick_report"]}
@@ -188,8 +223,29 @@ def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
     before, times = asked(project), {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
     (project / "nbs/experiments/run_train.ipynb").touch()  # a notebook that was edited asks for nothing
     code, out, err = run(*INT)
-    assert code == 0 and "3 of 3 runs are done already" in err and "a table" in out
+    assert code == 0 and "3 of 3 runs are done already" in err and "a table" in out and "to do" not in err
     assert asked(project) == before and times == {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
+
+
+def test_the_report_alone_runs_nothing_and_lists_what_it_found(project, capsys):
+    assert main([*INT, "--report-only", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("papermill") == 1 and "quick_report" in out and "0 of 3 runs are done" in err
+    record = project / "data/runs/smoke/records/half-made.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    code, out, err = run(*INT, "--report-only")
+    assert code == 0, err
+    assert "a table\nhalf-made" in out and "0 of 3 runs are done already" in err and "to do" not in err
+    assert asked(project) == [] and [path.name for path in record.parent.iterdir()] == [record.name]
+
+
+def test_a_report_that_cannot_be_made_alone_says_why(project):
+    broken = stand_in("quick_report")
+    broken.cells[-1].source = 'raise FileNotFoundError("3 records are missing: run robustint reproduce quick --scale smoke")'
+    nbformat.write(broken, project / "nbs/experiments/quick_report.ipynb")
+    code, out, err = run(*INT, "--report-only")
+    assert code == 1 and "run robustint reproduce quick" in err and "To go on" not in err and asked(project) == []
 
 
 @pytest.mark.full

@@ -127,6 +127,41 @@ def test_a_bad_name_is_refused_with_the_nearest_good_one(asked, told):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+# --- seeds -------------------------------------------------------------------------------------------------------------
+
+def test_a_seed_chooses_its_trainings_and_what_reads_them():
+    every, _ = plan("icml2020_table1", weights=["trained"], datasets=["mnist"])
+    two, _ = plan("icml2020_table1", weights=["trained"], datasets=["mnist"], seeds=[0, 2])
+    assert two == [job for job in every if job.parameters["seed"] in (0, 2)] and len(two) == len(every) * 2 // 3
+
+
+def test_released_networks_stay_whatever_the_seed():
+    jobs, _ = plan("icml2020_table1", weights=["released", "trained"], datasets=["mnist"], seeds=[1])
+    assert len([job for job in jobs if job.parameters.get("weights") == "released"]) == 10
+    assert {job.parameters["seed"] for job in jobs if job.parameters.get("weights") != "released"} == {1}
+
+
+@pytest.mark.parametrize("target", ["interpretgan_table1", "interpretgan_table2", "icml2020_appendix_f", "quick"])
+def test_what_a_seed_keeps_has_all_its_inputs(target):
+    every, _ = plan(target, weights=["trained"])
+    made = {file for job in every for file in job.outputs}
+    kept, _ = plan(target, weights=["trained"], seeds=[0])
+    assert kept == [job for job in every if job in kept]
+    assert {file for job in kept for file in job.inputs} & made <= {file for job in kept for file in job.outputs}
+    assert len(kept) < len(every) or target == "quick"
+
+
+@pytest.mark.parametrize("asked, told", [
+    (dict(weights=["trained"], seeds=[7]), "no run has seed 7: planned are 0, 1, 2"),
+    (dict(weights=["trained"], seeds=[0, 7]), "no run has seed 7"),
+    (dict(seeds=[0]), "ask for them with --weights trained"),
+    (dict(target="icml2020_fig3", seeds=[0]), "nothing planned has a seed")])
+def test_a_seed_that_nobody_plans_is_refused(asked, told):
+    with pytest.raises(ValueError) as error:
+        plan(**{"target": "icml2020_table1", **asked})
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_bad_name_in_a_params_file_is_refused(empty_project):
     folder = empty_project / "nbs/experiments"
     (folder / "params").mkdir(parents=True)
