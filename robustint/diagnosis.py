@@ -150,7 +150,7 @@ def _mean_distance(images, labels):
     distances = list(within_class_distance(images, labels).values())
     return torch.tensor(distances).mean().item() if distances else None
 
-# %% ../nbs/62_diagnosis.ipynb #f9d6965b
+# %% ../nbs/62_diagnosis.ipynb #2ed32a44
 def shake(
     images:torch.Tensor, # (N, C, H, W) in [0,1]
     eps:float, # how far each pixel goes, fraction of the pixel range, also as "8/255"
@@ -159,10 +159,9 @@ def shake(
 ) -> torch.Tensor: # (N, C, H, W) in [0,1]
     "Images with every pixel moved by eps up or down at random. ValueError for bad input."
     check_images(images)
-    signs = torch.randint(2, images.shape, generator=generator, device=images.device) * 2 - 1
-    return (images + check_eps(eps) * signs).clamp(0, 1)
+    return (images + check_eps(eps) * (2 * torch.randint(2, images.shape, generator=generator, device=images.device) - 1)).clamp(0, 1)
 
-# %% ../nbs/62_diagnosis.ipynb #55b9b7e9
+# %% ../nbs/62_diagnosis.ipynb #432e2b3d
 def sanity_rows(
     model:nn.Module, # the classifier that is diagnosed
     explainers:dict, # Explainer by title
@@ -174,8 +173,7 @@ def sanity_rows(
     batch_size:int=500, # images at a time
 ) -> list: # one dict a layer: layer, n, natural_accuracy, agreement, independent_agreement, shaken_accuracy, each with low and high, distance, distance_ratio (the two None where no class has two images)
     "What the explanations of images that nobody attacked are worth. Shares with Wilson intervals."
-    check_labels(labels, len(images))
-    check_readers(images, model, independent)
+    check_labels(labels, len(images)), check_readers(images, model, independent)
     if shaken is not None and shaken.shape != images.shape: raise ValueError(f"images and shaken must have one shape; got {tuple(images.shape)} and {tuple(shaken.shape)}")
     read, real, rows = read_images(model, images, batch_size=batch_size), _mean_distance(images, labels), []
     for layer, explainer in explainers.items():
@@ -348,7 +346,7 @@ def list_changes(
             if at["n"] and at["area"]: add(row, f"{word} here / everywhere", name, "ratio", [at[key] for key in ("share", "low", "high")], at["n"], 1 / at["area"])
     return rows
 
-# %% ../nbs/62_diagnosis.ipynb #62d23f8d
+# %% ../nbs/62_diagnosis.ipynb #db05d13f
 def diagnose(
     model:nn.Module, # the classifier
     explainers:dict, # Explainer by title, in the order of the layers
@@ -362,17 +360,17 @@ def diagnose(
     batch_size:int=500, # images at a time
 ) -> dict: # clean_accuracy, robust_accuracy, layers, drift, sanity, misclassified; shaken_accuracy with shaken images, independent_layers with an independent reader, pooling_changed with max pooling
     "Eq. 5 with its sanity rows, Figure 7 and the pooling indices. ValueError for bad input."
-    for name, others in ("adversarial", adversarial), ("shaken", shaken):
-        if others is not None and others.shape != natural.shape: raise ValueError(f"natural and {name} must have one shape; got {tuple(natural.shape)} and {tuple(others.shape)}")
+    shapes = [tuple(images.shape) for images in (natural, adversarial, shaken) if images is not None]
+    if len(set(shapes)) > 1: raise ValueError(f"natural, adversarial and shaken images must have one shape; got {', '.join(map(str, shapes))}")
     check_labels(labels, len(natural), classes)
     check_readers(natural, model, independent, classes=classes)
     before, answers = (read_images(model, images, batch_size=batch_size) for images in (natural, adversarial))
-    read, *others = read_layers(model, explainers, adversarial, *[reader for reader in (model, independent) if reader is not None], batch_size=batch_size)
+    read, *others = read_layers(model, explainers, adversarial, model, *([] if independent is None else [independent]), batch_size=batch_size)
     found = {"clean_accuracy": (before == labels).double().mean().item(), "robust_accuracy": (answers == labels).double().mean().item(),
              "layers": vulnerabilities({layer: classes == labels for layer, classes in read.items()}), "drift": drift_rows(read, labels, answers, before),
              "sanity": sanity_rows(model, explainers, natural, labels, independent=independent, shaken=shaken, batch_size=batch_size),
              "misclassified": misclassification_matrix(labels, answers, classes)[0].tolist()}
     if shaken is not None: found["shaken_accuracy"] = (read_images(model, shaken, batch_size=batch_size) == labels).double().mean().item()
-    for seen in others: found["independent_layers"] = vulnerabilities({layer: classes == labels for layer, classes in seen.items()})
+    if others: found["independent_layers"] = vulnerabilities({layer: classes == labels for layer, classes in others[0].items()})
     if not any(isinstance(module, nn.MaxPool2d) for module in model.modules()): return found
     return found | {"pooling_changed": {name: share.mean().item() for name, share in changed_pooling_indices(model, natural, adversarial, batch_size=batch_size).items()}}

@@ -143,7 +143,7 @@ QUANTITIES = { # title -> section of the record, key, unit
     "misclassified, read as true": ("drift", "as_true", "%"), "misclassified, read as wrong": ("drift", "as_wrong", "%"), "misclassified, read as a third": ("drift", "as_other", "%")}
 WHOLE = "whole network" # stands for the layer where the network itself is meant
 
-# %% ../nbs/85_diagnosis_tables.ipynb #d1739f76
+# %% ../nbs/85_diagnosis_tables.ipynb #1a4868c0
 def list_quantities(
     record:dict, # of run_diagnosis
 ) -> list[dict]: # layer, quantity, unit, since, value, low, high (NaN where the record has no interval), n
@@ -160,8 +160,7 @@ def list_quantities(
     for name, share in metrics.get("pooling_changed", {}).items():
         layer = name.removeprefix("blocks.").split(".")[0]
         rows.append({"layer": layer, "quantity": "pooling indices changed", "unit": "%", "since": "", "value": 100 * share, "low": float("nan"), "high": float("nan"), "n": record["n"]})
-    shares = {"accuracy, natural images": (metrics["clean_accuracy"], record["n"]), "accuracy, attacked images": (metrics["robust_accuracy"], record["n"])}
-    if "shaken_accuracy" in metrics: shares["accuracy, random signs"] = metrics["shaken_accuracy"], record["n"]
+    shares = {f"accuracy, {kind}": (metrics[key], record["n"]) for kind, key in (("natural images", "clean_accuracy"), ("attacked images", "robust_accuracy"), ("random signs", "shaken_accuracy")) if key in metrics}
     if "whole" in metrics: shares["accuracy, whole test set"] = metrics["whole"]["clean_accuracy"], metrics["whole"]["n"]
     for title, (share, n) in shares.items():
         low, high = wilson_interval(round(share * n), n)

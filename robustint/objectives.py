@@ -100,7 +100,7 @@ def attribution_norm(
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 
-# %% ../nbs/40_objectives.ipynb #24ddbc00
+# %% ../nbs/40_objectives.ipynb #929804bd
 @dataclass(frozen=True)
 class Method:
     "A method of Table 1: the terms its attack climbs and the terms its training descends."
@@ -126,9 +126,7 @@ class Method:
         return sum(values)
 
     @property
-    def needs_whole(self):
-        "Whether a term depends on the size of the whole batch, so that a share of it is not enough."
-        return attribution_norm in self.inner + self.outer
+    def needs_whole(self): return attribution_norm in self.inner + self.outer # its loss is averaged over the whole batch, not over a share
 
     def climb(self, network, images, labels, whole=None) -> Callable:
         "The inner objective: perturbed images -> values (N,). None where the method has no attack. `whole`: size of the batch, where these are a share."
