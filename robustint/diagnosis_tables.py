@@ -28,13 +28,12 @@ from .models import evaluation_mode
 from .plans import read_params
 from .tables import DATASETS, MODELS
 
-# %% ../nbs/85_diagnosis_tables.ipynb #1a56e6b8
+# %% ../nbs/85_diagnosis_tables.ipynb #38e8b996
 def training_title(
     parameters:dict, # of a run of run_atta; what is not named has the notebook's default
 ) -> str: # for example "Natural"
     "How a classifier was trained, in the words of Table 1."
-    made = notebook_parameters("run_atta") | parameters
-    if made["method"] == "normal": return "Natural"
+    if (made := notebook_parameters("run_atta") | parameters)["method"] == "normal": return "Natural"
     return f"Adversarial (ATTA-{made['inner_steps']}{', TRADES beta=' + format(made['beta'], 'g') if made['method'] == 'trades' else ''})"
 
 # %% ../nbs/85_diagnosis_tables.ipynb #a10a8c89
@@ -92,15 +91,16 @@ def describe_training(
     return (f"{model_title(record['parameters'])}, {training_title(p)}, {said}: {attack}{p['epochs']} epochs of about {images:,.0f} images in batches of {p['batch_size']}, learning rate {_tell_value(p['learning_rate'])}, "
             f"convolutions in {p['precision']}, on {record['device']}." + f" Not as in the paper's network, whose values are in brackets: {other}." * bool(other))
 
-# %% ../nbs/85_diagnosis_tables.ipynb #029ee871
+# %% ../nbs/85_diagnosis_tables.ipynb #0442e859
 def describe_explainers(
     record:dict, # of run_interpretgan
 ) -> str: # a sentence
     "How explainers were trained."
     p = notebook_parameters("run_interpretgan") | record["parameters"]
     kind = {"explain": "with the interpretability term", "lambda0": "without the interpretability term", "invert": "by plain inversion"}[p["kind"]]
+    game = "squared error in place of a critic" if p["kind"] == "invert" else f"{p['loss']} loss, R1 {p['penalty']:g}"
     return (f"Explainers {kind}: widths {', '.join(map(str, p['widths']))} from 4x4 on, {', '.join(f'{passes:g}' for passes in p['epochs'])} epochs at each scale, filters of the compression networks divided by {p['compression']}, "
-            f"batches of {p['batch_size']}, learning rate {p['learning_rate']:g}, {p['loss']} loss, R1 {p['penalty']:g}, averaging {p['averaging']:g}, on {record['device']}.")
+            f"batches of {p['batch_size']}, learning rate {p['learning_rate']:g}, {game}, averaging {p['averaging']:g}, on {record['device']}.")
 
 # %% ../nbs/85_diagnosis_tables.ipynb #e571c564
 def _read_making(jobs, records): # the records of trainings that a measurement whose record is there reads
