@@ -268,17 +268,16 @@ def price(
     known = {kind: learn(found, kind) for kind in set(kinds.values())}
     return {job.name: predict_cost(job, known[kinds[job.name]]) for job in jobs}
 
-# %% ../nbs/88_costs.ipynb #f05431ca
+# %% ../nbs/88_costs.ipynb #67c3e275
 def weigh_guesses(
     jobs:list[Job], # that are to be run
     costs:dict[str, Cost], # from price
-    least:float=0., # share of the time up to which a guess is not worth a word
 ) -> str: # for example "; 3.0 h of it (40%), marked ~, …", or nothing
     "How much of the time of some runs rests on runs of another kind, and how many runs have no price."
     total = sum((costs[job.name].seconds or 0.) + START_SECONDS for job in jobs)
     rough = sum(costs[job.name].seconds for job in jobs if costs[job.name].rough)
     dark = sum(costs[job.name].seconds is None for job in jobs)
-    words = f"; {show_time(rough)} of it ({rough / total:.0%}), marked ~, rests on runs of another data set, network, method or notebook and may be a few times more or less" if rough > least * total else ""
+    words = f"; {show_time(rough)} of it ({rough / total:.0%}), marked ~, rests on runs of another data set, network, method or notebook and may be a few times more or less" if rough else ""
     return words + (f"; {dark} run{'s' * (dark > 1)} of unknown length, marked ?, not counted" if dark else "")
 
 # %% ../nbs/88_costs.ipynb #72da1893
@@ -296,7 +295,7 @@ def describe_plan(
         lines.append(f"{show_time(makespan(jobs, taken, number)):>9}  from the first start to the end of the report on {number} worker{'s' * (number > 1)}")
     return lines + [f"{show_time(longest_chain(jobs, taken)):>9}  is the longest chain: no number of workers is faster"]
 
-# %% ../nbs/88_costs.ipynb #a8728672
+# %% ../nbs/88_costs.ipynb #3e9e5ad6
 def forecast(
     jobs:list[Job], # that are to be run
     costs:dict[str, Cost], # from price
@@ -304,6 +303,6 @@ def forecast(
 ) -> tuple[float, str]: # seconds to the end of the report, and the line
     "How long some runs will take, in one line."
     taken = {job.name: (costs[job.name].seconds or 0.) + START_SECONDS for job in jobs}
-    seconds, guesses = makespan(jobs, taken, workers), weigh_guesses(jobs, costs, 0.1).replace(", marked ~,", "").replace(", marked ?,", "").replace("of it", "of the work", 1)
-    about = "at least" if any(costs[job.name].seconds is None for job in jobs) else "about"
-    return seconds, f"{len(jobs)} run{'s' * (len(jobs) > 1)} to do, {about} {show_time(seconds)} with {workers} side by side{guesses}"
+    seconds, dark = makespan(jobs, taken, workers), any(costs[job.name].seconds is None for job in jobs)
+    rough = sum(costs[job.name].seconds or 0. for job in jobs if costs[job.name].rough) > 0.1 * sum(taken.values())
+    return seconds, f"{len(jobs)} run{'s' * (len(jobs) > 1)} to do, {'at least' if dark else 'about'} {show_time(seconds)} with {workers} side by side{' (a rough guess)' if dark or rough else ''}"

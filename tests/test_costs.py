@@ -159,7 +159,7 @@ def test_a_guess_is_marked_in_its_line_and_in_the_sum():
 def test_the_forecast_is_one_line():
     taken, line = forecast(JOBS, COSTS, 2)
     assert taken == pytest.approx(7200 + 3600 + 33) and "\n" not in line and "marked" not in line
-    assert line.startswith("2 runs to do, about 3.0 h with 2 side by side; 2.0 h of the work (67%)")
+    assert line.startswith("2 runs to do, about 3.0 h with 2 side by side (a rough guess)")
     assert "at least" in forecast(JOBS, COSTS | {"b": Cost(None, "nothing known")}, 1)[1]
     assert forecast(JOBS, COSTS | {"a": Cost(100., "", rough=True)}, 1)[1].endswith("side by side"), "a guess of a few seconds is not worth a word"
 
