@@ -36,14 +36,14 @@ def phase_kernels(
     phases = weight.reshape(outputs, channels, k // 2, 2, k // 2, 2).permute(3, 5, 1, 0, 2, 4)
     return phases.flip(4, 5).reshape(4 * channels, outputs, k // 2, k // 2)
 
-# %% ../nbs/11_models.ipynb #6fa5120c
+# %% ../nbs/11_models.ipynb #42484af8
 def interleave_phases(
     phases:torch.Tensor, # (N, 4C, h, w), ordered by phase, then channel
 ) -> torch.Tensor: # (N, C, 2h, 2w)
     "Put the four phases of each pixel side by side: a pixel shuffle with the channels last."
     n, four, h, w = phases.shape
-    runs = phases.permute(0, 2, 3, 1).reshape(n, h, w, 2, four // 2).transpose(2, 3)  # (N, h, dy, w, dx and C)
-    return runs.reshape(n, 2 * h, 2 * w, four // 4).permute(0, 3, 1, 2)
+    pixels = phases.permute(0, 2, 3, 1).reshape(n, h, w, 2, 2, four // 4).transpose(2, 3)  # (N, h, dy, w, dx, C)
+    return pixels.reshape(n, 2 * h, 2 * w, four // 4).permute(0, 3, 1, 2)
 
 # %% ../nbs/11_models.ipynb #9e5b4d22
 class StridedConvolution(torch.autograd.Function):
@@ -207,7 +207,7 @@ def mean_map(
     one_class = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None]
     return spread_weights(one_class.expand(-1, -1, *size) / math.prod(size), kernel)
 
-# %% ../nbs/11_models.ipynb #aa919cf4
+# %% ../nbs/11_models.ipynb #8b27ca95
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -245,8 +245,9 @@ class Folded(nn.Module):
     def forward(self, images):
         activations = self.model.trunk(images)
         size = tuple(activations[0].shape[2:])
-        means = self.constant(size, lambda: [mean_map(k, size).flatten(1).T for k in self.constant("kernels", self.kernels)])
-        return sum(a.flatten(1) @ m for a, m in zip(activations, means)) + self.constant("bias", self.bias)
+        flat = lambda maps: maps.permute(0, 2, 3, 1).flatten(1) # channels last, as a frozen copy holds its activations: no copy
+        means = self.constant(size, lambda: [flat(mean_map(k, size)).T for k in self.constant("kernels", self.kernels)])
+        return sum(flat(a) @ m for a, m in zip(activations, means)) + self.constant("bias", self.bias)
 
 # %% ../nbs/11_models.ipynb #b9256593
 def weigh_cams(

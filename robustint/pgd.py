@@ -72,21 +72,24 @@ def _step(objective, ball, project, points, velocity, size, decay):
     velocity = decay * velocity + gradient if decay else gradient
     return project(ball.step(points.detach(), velocity, size)).detach(), velocity
 
-# %% ../nbs/30_pgd.ipynb #6b920b18
+# %% ../nbs/30_pgd.ipynb #b2d2ae81
 @cache
 def _compile_step():
     "The step as one compiled piece; the step itself from its first failure on."
-    from torch import _dynamo
-    option, broken = {"trace_autograd_ops": True} if hasattr(_dynamo.config, "trace_autograd_ops") else {}, []
-    compiled = torch.compile(_step, dynamic=False, fullgraph=True)
+    compiled, broken = torch.compile(_step, dynamic=False, fullgraph=True), []
     def step(*given):
         if broken: return _step(*given)
-        try:
-            with _dynamo.config.patch(**option): return compiled(*given)
+        try: return compiled(*given)
         except Exception as error:
             broken.append(error)
             return _step(*given)
     return step
+
+# %% ../nbs/30_pgd.ipynb #6f504a5d
+def _compiling():
+    "The setting under which a compiled piece may take a gradient inside, where torch has one; a context."
+    from torch import _dynamo
+    return _dynamo.config.patch(trace_autograd_ops=True) if hasattr(_dynamo.config, "trace_autograd_ops") else contextlib.nullcontext()
 
 # %% ../nbs/30_pgd.ipynb #f2cd8aa4
 def _fuse(given, wanted): # the arguments of a step, and the gradient it found
@@ -94,7 +97,7 @@ def _fuse(given, wanted): # the arguments of a step, and the gradient it found
     found = _compile_step()(*given)[1]
     return _compile_step() if (found - wanted).abs().max() <= 1e-4 * wanted.abs().max() else _step
 
-# %% ../nbs/30_pgd.ipynb #d61e41b5
+# %% ../nbs/30_pgd.ipynb #cf9e4133
 def ascend(
     objective:Callable, # points (N, C, H, W) -> values to be raised, (N,)
     images:torch.Tensor, # centres of the balls, (N, C, H, W) in [0,1]
@@ -109,7 +112,7 @@ def ascend(
     "Projected gradient ascent, the one loop behind every attack. Inputs are checked by the callers."
     project, velocity = ball.projection(images), 0.
     points = (images if start is None else start).detach().clone()
-    with torch.enable_grad():
+    with torch.enable_grad(), _compiling() if compiled else contextlib.nullcontext():
         for k in range(steps):
             given = objective, ball, project, points.requires_grad_(), velocity, step_size, decay
             points, velocity = fused(*given) if compiled and k > 1 else _step(*given)
