@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'COLUMNS', 'read_paper_table', 'command_for', 'find_done', 'list_cells', 'list_unmoved',
            'find_interval', 'median_interval', 'summarise_cells', 'compare', 'find_differences', 'is_exchanged',
-           'compare_rows', 'judge_rows', 'format_cell', 'to_markdown', 'spread_cells', 'write_blocks', 'plot_table']
+           'compare_rows', 'judge_rows', 'list_costs', 'format_cell', 'to_markdown', 'spread_cells', 'write_blocks',
+           'plot_table']
 
 # %% ../nbs/81_tables.ipynb #b0acb27d
 from pathlib import Path
@@ -191,6 +192,26 @@ def judge_rows(
         missed = [name for name, off in known if off > goal + 1e-9]
         verdict = "–" if not known else "yes" if not missed else "**NOT reached**" + f" for {missed[0]}" * (len(missed) < len(known))
         lines.append([f"{row.dataset}, {row.model}, {row.weights}", row.method, show(row.from_paper, row.paper_cells), show(row.from_released, row.released_cells), verdict])
+    return lines
+
+# %% ../nbs/81_tables.ipynb #f2d1897d
+def list_costs(
+    trainings:list[dict], # records of run_train
+    ports:dict, # method -> seconds that a step of its port takes; methods without one are left open
+) -> list[list[str]]: # rows of text, the first one is the head
+    "What networks trained here cost, a line for each method and kind of training; means over the seeds."
+    groups, lines = {}, [["weights", "method", "networks", "epochs", "hours each", "an epoch (s)", "an epoch by a port (s)", "machine"]]
+    for record in trainings:
+        made = record["parameters"]
+        weights = "-".join(word for word in ("trained", training_label(record["id"])) if word)
+        groups.setdefault((f"{DATASETS[made['dataset']]}, {MODELS[made['architecture']]}, {weights}", made["method"]), []).append(record)
+    for (weights, method), records in groups.items():
+        logs, more = [record["metrics"]["log"] for record in records], " more" if records[0]["parameters"].get("start_from") else ""
+        hours = sum(entry["seconds"] for log in logs for entry in log) / len(logs) / 3600
+        epoch = pandas.Series([entry["seconds"] for log in logs for entry in log if entry["eps"] == log[-1]["eps"]]).median()
+        port = f"{ports[method] * logs[0][0]['step']:.0f}" if method in ports else "–"
+        machines = " or ".join(dict.fromkeys(record["machine"] for record in records))
+        lines.append([weights, METHODS[method].title, str(len(logs)), f"{len(logs[0])}{more}", f"{hours:.2f}", f"{epoch:.0f}", port, machines])
     return lines
 
 # %% ../nbs/81_tables.ipynb #8accf0a3
