@@ -68,7 +68,7 @@ def check_aai(
     start:torch.Tensor=None, # perturbations to start from, (N, C, H, W)
 ) -> int: # number of classes
     "The checks on entry. ValueError with the remedy."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     with torch.no_grad(): logits = model(images[:2])
     check_logits(logits, min(len(images), 2))
     check_labels(labels, len(images), logits.shape[1])

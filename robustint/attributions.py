@@ -29,7 +29,7 @@ def prepare(
     differentiable:bool, # whether the maps keep their graph
 ) -> tuple: # network, images, target (N,), and whether a graph is kept
     "What every attribution checks and settles on entry. ValueError for bad images or target."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     if isinstance(target, int): target = torch.full((len(images),), target, device=images.device)
     check_labels(target, len(images), name="target")
     keep = differentiable and torch.is_grad_enabled()

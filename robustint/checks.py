@@ -94,7 +94,7 @@ def check_images(
     if high > 1 + 1e-6: raise ValueError(f"{name} must lie in [0,1]; got max {high:g}: {'divide by 255' if high <= 255 else 'scale them'}")
     if low < -1e-6: raise ValueError(f"{name} must lie in [0,1]; got min {low:g}: leave out the normalisation, or make it the model's first layer")
 
-# %% ../nbs/02_checks.ipynb #b15409f8
+# %% ../nbs/02_checks.ipynb #43f12b5b
 def check_labels(
     labels:Tensor, # (N,), whole numbers from 0 to classes - 1
     n:int, # number of images
@@ -106,6 +106,7 @@ def check_labels(
     if labels.ndim != 1: raise ValueError(f"{name} must have the shape (N,); got {tuple(labels.shape)}: for one-hot rows write {name}.argmax(1)")
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{name} must be whole numbers; got {labels.dtype}: write {name}.long()")
+    if labels.dtype != torch.int64: raise ValueError(f"{name} must be of type torch.int64, which losses ask for; got {labels.dtype}: write {name}.long()")
     if len(labels) != n: raise ValueError(f"{name} must be as many as the images; got {len(labels)} for {n} images: cut both alike")
     if n == 0: raise ValueError(f"{name} are empty: give one image or more")
     low, high = labels.min().item(), labels.max().item()

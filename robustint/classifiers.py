@@ -58,7 +58,7 @@ def initialise(
                 nn.init.uniform_(tensor, -module.in_features ** -0.5, module.in_features ** -0.5, generator=generator)
     return model
 
-# %% ../nbs/13_classifiers.ipynb #0444e1f7
+# %% ../nbs/13_classifiers.ipynb #b10363bd
 class Classifier(nn.Module):
     "A chain of named layers from images in [0,1] to logits."
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         initialise(self.to_empty(device="cpu"), mode=mode, generator=generator)
 
     @property
-    def channels(self): return self.recipe["channels"]
+    def image_channels(self): return self.recipe["channels"]
 
     def forward(self, images):
         if images.shape[2:] != (self.size, self.size):

@@ -26,9 +26,9 @@ from .data import DATASETS
 from .jobs import Job, notebook_parameters
 from .models import fold
 
-# %% ../nbs/88_costs.ipynb #4a232611
+# %% ../nbs/88_costs.ipynb #83dd4ba5
 SIZES = { # images to train on where a run says "all of them": what is left of the training set after the validation images, and the test set
-    "digits": (1200, 597), "mnist": (55000, 10000), "cifar10": (45000, 10000), "restricted_imagenet": (2000, 200), "celeba": (1500, 400)}
+    "digits": (1200, 397), "mnist": (55000, 10000), "cifar10": (45000, 10000), "restricted_imagenet": (2000, 200), "celeba": (1440, 400)}
 
 # %% ../nbs/88_costs.ipynb #6b6b6a98
 @cache

@@ -8,21 +8,21 @@ __all__ = ['FACE_REGIONS', 'paired_interval', 'vulnerabilities', 'over_seeds', '
            'misclassification_matrix', 'show_matrix', 'drift_rows', 'region_masks', 'measure_change', 'locate_changes',
            'list_changes', 'diagnose']
 
-# %% ../nbs/62_diagnosis.ipynb #97e8597a
+# %% ../nbs/62_diagnosis.ipynb #44f05d45
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
 from .checks import check_eps, check_images, check_labels
-from .evaluation import seed_interval, wilson_interval
+from .evaluation import matched_interval, seed_interval, wilson_interval
 from .interpretgan import explain_layers
 from .isa import mean_interval
 from .models import evaluation_mode
 from .plots import as_array, new_figure, add_caption
 from .training import check_whole
 
-# %% ../nbs/62_diagnosis.ipynb #8dbaefc9
+# %% ../nbs/62_diagnosis.ipynb #8fd19206
 def paired_interval(
     before:torch.Tensor, # (N,) bool: right at the layer before
     after:torch.Tensor, # (N,) bool: right at this layer, for the same images
@@ -32,10 +32,7 @@ def paired_interval(
     "Interval of the difference of two shares over the same images (Agresti and Min 2005). ValueError when they are not as many."
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"before and after must be as many, one or more; got {tuple(before.shape)} and {tuple(after.shape)}")
-    n, lost, won = len(before) + 2, (before & ~after).sum().item(), (~before & after).sum().item()
-    z = torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
-    half = z * ((lost + won + 1 - (lost - won) ** 2 / n) / n ** 2) ** 0.5
-    return max((lost - won) / n - half, -1.), min((lost - won) / n + half, 1.)
+    return matched_interval((before.int() - after.int()).cpu().numpy(), level=level)
 
 # %% ../nbs/62_diagnosis.ipynb #38d1c79f
 def vulnerabilities(
@@ -121,7 +118,7 @@ def layer_hits(
     check_labels(labels, len(images))
     return {layer: classes == labels for layer, classes in read_layers(model, explainers, images, model if judge is None else judge)[0].items()}
 
-# %% ../nbs/62_diagnosis.ipynb #ff3c8ff0
+# %% ../nbs/62_diagnosis.ipynb #2b13f24c
 def read_images(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -129,7 +126,7 @@ def read_images(
     batch_size:int=500, # images at a time
 ) -> torch.Tensor: # the class of the largest logit, (N,)
     "The classes a classifier reads."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     with evaluation_mode(model), torch.no_grad(): return torch.cat([model(batch).argmax(1) for batch in images.split(batch_size)])
 
 # %% ../nbs/62_diagnosis.ipynb #52e36bb1

@@ -101,17 +101,17 @@ def check_alike(
     "Whether two batches of maps can be compared one by one. Raises ValueError otherwise."
     if first.shape != second.shape: raise ValueError(f"maps must be of one shape; got {tuple(first.shape)} and {tuple(second.shape)}: give one map for each")
 
-# %% ../nbs/21_discrepancy.ipynb #05053431
+# %% ../nbs/21_discrepancy.ipynb #3e104586
 def _paired_tau(a, b): # rows of maps; counts are exact in double precision
     "Tau-b of all rows at once, by the signs of all pairs."
     a, b, sums = a.T.contiguous(), b.T.contiguous(), 0.
     for k in range(1, len(a)):
         s, t = (a[k:] - a[:-k]).sign(), (b[k:] - b[:-k]).sign()
         sums = sums + torch.stack([(s * t).sum(0), (s * s).sum(0), (t * t).sum(0)]).double()
-    unknown = (a + b).isnan().any(0)
+    unknown = ~(a.isfinite() & b.isfinite()).all(0)
     return (sums[0] / (sums[1].sqrt() * sums[2].sqrt())).clamp(-1, 1).masked_fill(unknown, torch.nan)
 
-# %% ../nbs/21_discrepancy.ipynb #c1f5c7b4
+# %% ../nbs/21_discrepancy.ipynb #57ccbd6b
 def kendall_tau(
     first:torch.Tensor, # maps, (N, ...)
     second:torch.Tensor, # maps of the same shape
@@ -122,7 +122,8 @@ def kendall_tau(
     a, b = (torch.as_tensor(maps).detach().flatten(1) for maps in (first, second))
     a, b = (maps if maps.dtype in (torch.float32, torch.float64) else maps.double() for maps in (a, b)) # differences of bytes would wrap around
     if 1 < a.shape[1] <= 256: return _paired_tau(a, b).cpu()
-    return torch.tensor([kendalltau(x, y).statistic for x, y in zip(_rows(a), _rows(b))], dtype=torch.float64)
+    unknown = ~(a.isfinite() & b.isfinite()).all(1).cpu()
+    return torch.tensor([kendalltau(x, y).statistic for x, y in zip(_rows(a), _rows(b))], dtype=torch.float64).masked_fill(unknown, torch.nan)
 
 # %% ../nbs/21_discrepancy.ipynb #c965616f
 def pearson(

@@ -6,7 +6,7 @@
 __all__ = ['correct', 'accuracy', 'robust_accuracy', 'wilson_interval', 'seed_interval', 'pack_hits', 'unpack_hits',
            'matched_interval', 'masking_warnings']
 
-# %% ../nbs/50_evaluation.ipynb #50705c65
+# %% ../nbs/50_evaluation.ipynb #3c6c01f0
 from collections.abc import Callable
 
 import numpy
@@ -17,9 +17,17 @@ from torch import nn
 from .checks import check_images, check_labels, check_logits
 from .core import track
 from .models import evaluation_mode, fold
-from .pgd import label_objective, pgd
+from .pgd import check_attack, label_objective, pgd
 
-# %% ../nbs/50_evaluation.ipynb #0c8838ff
+# %% ../nbs/50_evaluation.ipynb #6f06ac5e
+def _attacked(attack, images, labels):
+    "What the attack makes of a batch; it may take gradients. ValueError for what is no batch of images."
+    with torch.enable_grad(): found = attack(images, labels)
+    check_images(found, name="attacked images")
+    if found.shape != images.shape: raise ValueError(f"the attack must return images of shape {tuple(images.shape)}; got {tuple(found.shape)}: return one for each image")
+    return found.detach()
+
+# %% ../nbs/50_evaluation.ipynb #03ec9c79
 def correct(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -30,7 +38,7 @@ def correct(
     label:str="evaluate", # name on the progress bar
 ) -> torch.Tensor: # (N,) bool
     "Whether each image, attacked or not, is still classified as its label. ValueError for bad input."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     network, right = fold(model, frozen=True), []
     with evaluation_mode(network), torch.no_grad():
         logits = network(images[:2])
@@ -38,8 +46,10 @@ def correct(
         check_labels(labels, len(images), logits.shape[1])
         for start in track(range(0, len(images), batch_size), label=label, unit="batch"):
             x, y = images[start:start + batch_size], labels[start:start + batch_size]
-            if attack is not None: x = attack(x, y)
-            right.append(network(x).argmax(1) == y)
+            if attack is not None: x = _attacked(attack, x, y)
+            answers = network(x)
+            check_logits(answers, len(x))
+            right.append(answers.argmax(1) == y)
     return torch.cat(right)
 
 # %% ../nbs/50_evaluation.ipynb #162b2da8
@@ -130,7 +140,7 @@ def matched_interval(
     half = norm.ppf((1 + level) / 2) * ((numpy.sum(numpy.square(gains)) + 1) / n - mean ** 2) ** 0.5 / n ** 0.5
     return max(float(mean - half), -1.), min(float(mean + half), 1.)
 
-# %% ../nbs/50_evaluation.ipynb #f5174218
+# %% ../nbs/50_evaluation.ipynb #d4d580ab
 def masking_warnings(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]; some tens are enough
@@ -141,13 +151,14 @@ def masking_warnings(
     "Cheap signs that gradients are masked: zero gradients, a random network, accuracy left at eps 0.5."
     network, found = fold(model, frozen=True), []
     with evaluation_mode(network):
-        points = images.clone().requires_grad_()
+        check_attack(network, images, labels, 0.5, steps)
+        points = images.detach().clone().requires_grad_()
         gradient, = torch.autograd.grad(label_objective(network, labels)(points).sum(), points)
-        with torch.no_grad(): random = not torch.allclose(network(images), network(images))
+        with torch.no_grad(): logits, random = network(images), not torch.allclose(network(images), network(images))
     zero = (gradient.flatten(1).abs().amax(1) == 0).double().mean().item()
     if zero > 0.05: found.append(f"the gradient is exactly zero for {zero:.0%} of the images: attack a margin loss or scaled logits as well")
     if random: found.append("the network answers differently when asked twice: average gradients over several passes")
-    chance = 1 / network(images[:1]).shape[1]
+    chance = 1 / logits.shape[1]
     left = robust_accuracy(model, images, labels, eps=0.5, steps=steps, step_size=0.025)
     if left > chance: found.append(f"at eps 0.5, where any image can be made grey, {left:.0%} are still right: the attack is too weak")
     return found

@@ -29,7 +29,7 @@ def cams(
     differentiable:bool=False, # keep the graph, in the images and in the weights
 ) -> torch.Tensor: # (N, classes, h, w)
     "The class activation maps of all classes (eq. 1). ValueError for bad images or a model without a GAP head."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     network = fold(model)
     if not hasattr(network, "logits_and_cams"): raise ValueError(NEEDS_HEAD.format(type(model).__name__))
     with evaluation_mode(model), torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -123,7 +123,7 @@ def features_and_slopes(
     differentiable:bool=False, # keep the graph, in the images and in the weights
 ) -> tuple: # features A and slopes of the target's logit, both (N, K, h, w)
     "What the maps of the CAM family are made of. ValueError for bad images, target or layer."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     if layer is None: return slopes_at_head(model, images, target, differentiable=differentiable)
     return slopes_at_layer(model, images, target, layer, differentiable=differentiable)
 

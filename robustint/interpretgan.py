@@ -117,7 +117,7 @@ def tap_layers(
     layers:dict, # title -> name of a module; "" for the probabilities at the end
 ) -> tuple: # logits (N, classes), {title: activations (N, ...)}
     "The activations of all layers, and the logits, in one pass of the classifier in evaluation mode. ValueError for bad images, for layers that are not there and for modules that are no layer."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     check_layers(model, layers)
     return _tap(model, images, layers)
 
@@ -298,7 +298,7 @@ def check_explainers(
 ) -> dict: # title -> name of a module
     "Refuse images and explainers that do not fit a classifier; returns the layers. Raises ValueError."
     layers = {title: explainer.module for title, explainer in explainers.items()}
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     check_layers(model, layers)
     for title, explainer in explainers.items():
         side, channels = 4 * 2 ** (len(explainer.widths) - 1), explainer.generator.channels

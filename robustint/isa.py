@@ -101,7 +101,7 @@ class ClippedStep(Linf):
         "One step uphill, of l-infinity length `size` * eps or less."
         return points + size * self.eps * (self.gain * gradient).clamp(-1, 1)
 
-# %% ../nbs/31_isa.ipynb #e742de40
+# %% ../nbs/31_isa.ipynb #078d8293
 def check_sneak(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -110,9 +110,9 @@ def check_sneak(
     n:int, # over how many images the gradient is averaged
 ) -> int: # number of classes
     "The checks on entry. ValueError with the remedy."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     if n < 1 or int(n) != n: raise ValueError(f"n, over which the gradient is averaged, must be a whole number, 1 or more; got {n!r}: the paper's code takes the number of images")
-    with torch.no_grad(): logits = model(images[:2])
+    with torch.no_grad(), evaluation_mode(model): logits = model(images[:2])
     check_logits(logits, min(len(images), 2))
     for name, values in (("labels", labels), ("targets", targets)): check_labels(values, len(images), logits.shape[1], name=name)
     if (labels == targets).any(): raise ValueError(f"targets must differ from labels; image {int((labels == targets).nonzero()[0])} has its own label as target: draw them with aai.protocol_targets")
@@ -129,7 +129,7 @@ def per_image(
     if not (values.isfinite() & (values >= 0)).all(): raise ValueError(f"radii and weights must be 0 or more and finite; got {values.min():g} to {values.max():g}")
     return values
 
-# %% ../nbs/31_isa.ipynb #a04d7fd5
+# %% ../nbs/31_isa.ipynb #6b23f753
 def sneak(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -151,8 +151,8 @@ def sneak(
     radii = per_image(eps if isinstance(eps, torch.Tensor) else check_eps(eps), images)
     if radii.max() > 2: raise ValueError(f"eps is a fraction of the pixel range [0,1]; got radii up to {radii.max():g}: divide by 255") # a search goes up to twice the whole range
     chosen = class_set(classes, labels, targets, count)
-    network, explain = fold(model, frozen=True), map_source(model, interpreter)
-    weights = per_image(weight, images)
+    network, weights = fold(model, frozen=True), per_image(weight, images)
+    explain = map_source(model, interpreter) if weights.any() else None # the plain attack needs no maps
     def plain(points): return -target_margin(network(points), targets)
     def sneaking(points):
         logits, maps = explain(points, chosen)
@@ -209,7 +209,7 @@ class Sneaking:
     weights:torch.Tensor # (K, N)
     attacked:torch.Tensor # (K + 1, N, C, H, W)
 
-# %% ../nbs/31_isa.ipynb #1ef8514e
+# %% ../nbs/31_isa.ipynb #408f8540
 def isa(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -228,11 +228,12 @@ def isa(
     plain:tuple=None, # what smallest_radii returned; None: look for it
 ) -> Sneaking: # K + 1 attacks
     "Interpretability sneaking attack with both its searches (Section 3, Fig. 2). ValueError for bad input."
-    radii, points = plain or smallest_radii(model, images, labels, targets, n=n, bisections=bisections, steps=steps)
     network, found, count = fold(model, frozen=True), [], check_sneak(model, images, labels, targets, n)
-    with torch.no_grad(), evaluation_mode(network): benign = map_source(network, interpreter)(images, class_set(classes, labels, targets, count))[1]
+    explain, chosen = map_source(network, interpreter), class_set(classes, labels, targets, count)
+    radii, points = plain or smallest_radii(model, images, labels, targets, n=n, bisections=bisections, steps=steps)
+    with torch.no_grad(), evaluation_mode(network): benign = explain(images, chosen)[1]
     for multiple in multiples:
-        eps = multiple * torch.where(radii.isinf(), 1., radii)
+        eps = (multiple * torch.where(radii.isinf(), 1., radii)).clamp(max=2) # no pixel is farther than 1
         def attack(weights):
             points = sneak(network, images, labels, targets, eps=eps, weight=weights, n=n, classes=classes, norm=norm, interpreter=interpreter, steps=steps, benign=benign)
             with torch.no_grad(), evaluation_mode(network): return points, target_margin(network(points), targets) < 0

@@ -88,9 +88,14 @@ def convolve_same(
         return F.conv2d(x, weight, bias, stride=stride, padding=top)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride)
 
-# %% ../nbs/11_models.ipynb #8cde6a51
+# %% ../nbs/11_models.ipynb #c751fa99
 class GapNetwork(nn.Module):
     "A convolutional network that ends in global average pooling and a linear layer without bias (ICML paper, Section 2)."
+
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        own = [name for name in ("features", "logits_and_cams", "forward") if name in vars(cls)]
+        if own: raise TypeError(f"{cls.__name__} must not define {own[0]}: folding knows a GapNetwork by trunk and tail alone; put a normalisation at the beginning of trunk")
 
     def __init__(self, shapes, features, classes, generator=None):
         super().__init__()
@@ -101,7 +106,7 @@ class GapNetwork(nn.Module):
         for convolution in self.convolutions: nn.init.zeros_(convolution.bias)
 
     @property
-    def channels(self): return self.convolutions[0].in_channels
+    def image_channels(self): return self.convolutions[0].in_channels
 
     def convolve(self, i, x):
         "Convolution number `i` with SAME padding."
@@ -207,7 +212,7 @@ def mean_map(
     one_class = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None]
     return spread_weights(one_class.expand(-1, -1, *size) / math.prod(size), kernel)
 
-# %% ../nbs/11_models.ipynb #8b27ca95
+# %% ../nbs/11_models.ipynb #6d9f516b
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -216,7 +221,7 @@ class Folded(nn.Module):
         self.model, self.frozen, self.kept = model, frozen, {}
 
     @property
-    def channels(self): return self.model.channels
+    def image_channels(self): return self.model.image_channels
 
     def constant(self, name, compute):
         "The value of `compute()`, kept under `name` when the weights are frozen."
@@ -259,7 +264,7 @@ def weigh_cams(
     constant = weights.sum((2, 3)) @ network.constant("bias", network.bias)
     return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(network.model.trunk(images), forms)) + constant
 
-# %% ../nbs/11_models.ipynb #98cf6c72
+# %% ../nbs/11_models.ipynb #38d44e10
 def fold(
     model:nn.Module, # any classifier
     *,
@@ -269,7 +274,7 @@ def fold(
     if isinstance(model, Folded):
         if model.frozen or not frozen: return model
         model = model.model
-    if not isinstance(model, GapNetwork): return model
+    if not isinstance(model, GapNetwork) or model._forward_hooks or model._forward_pre_hooks: return model # hooks would be passed by
     if not frozen: return Folded(model)
     copied = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
     return Folded(copied, frozen=True)

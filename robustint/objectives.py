@@ -100,7 +100,7 @@ def attribution_norm(
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 
-# %% ../nbs/40_objectives.ipynb #929804bd
+# %% ../nbs/40_objectives.ipynb #f1eac2ba
 @dataclass(frozen=True)
 class Method:
     "A method of Table 1: the terms its attack climbs and the terms its training descends."
@@ -128,17 +128,18 @@ class Method:
     @property
     def needs_whole(self): return attribution_norm in self.inner + self.outer # its loss is averaged over the whole batch, not over a share
 
+    def compares_maps(self, terms): return any(term in (two_class_term, one_class_term) for term in terms)
+
     def climb(self, network, images, labels, whole=None) -> Callable:
         "The inner objective: perturbed images -> values (N,). None where the method has no attack. `whole`: size of the batch, where these are a share."
         if not self.inner: return None
-        maps = any(term in (two_class_term, one_class_term) for term in self.inner)
-        network = self.explained(network)
+        maps, network = self.compares_maps(self.inner), self.explained(network)
         with torch.no_grad(): clean = Pair(network, images, labels, maps=maps).views(images) if maps or divergence in self.inner else ()
         return lambda perturbed: self.total(self.inner, Pair(network, images, labels, perturbed, maps, clean, whole))
 
     def loss(self, network, images, perturbed, labels, whole=None) -> torch.Tensor:
         "The outer loss, (N,), differentiable in the weights of the network. `whole`: as for `climb`."
-        maps = any(term in (two_class_term, one_class_term) for term in self.outer)
+        maps = self.compares_maps(self.outer)
         return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps, whole=whole))
 
 # %% ../nbs/40_objectives.ipynb #dd15c0ed

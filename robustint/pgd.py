@@ -134,7 +134,7 @@ def label_objective(
 # %% ../nbs/30_pgd.ipynb #bac3ab1e
 BALLS = {"inf": Linf, "2": L2}
 
-# %% ../nbs/30_pgd.ipynb #7401c862
+# %% ../nbs/30_pgd.ipynb #4629e85f
 def check_attack(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -144,16 +144,17 @@ def check_attack(
     norm:str="inf", # "inf" or 2
 ) -> float: # eps as a number
     "The checks every attack makes on entry; returns eps as a number. ValueError with the remedy."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     if str(norm) not in BALLS: raise ValueError(f"norm must be 'inf' or 2; got {norm!r}")
     check_steps(steps)
     eps = check_eps(eps) if str(norm) == "inf" else parse_fraction(eps, "eps")
+    if eps < 0: raise ValueError(f"eps is a radius or a budget and cannot be negative; got {eps:g}: write 0 for no perturbation")
     with torch.no_grad(): logits = model(images[:2])
     check_logits(logits, min(len(images), 2))
     check_labels(labels, len(images), logits.shape[1])
     return eps
 
-# %% ../nbs/30_pgd.ipynb #0573d282
+# %% ../nbs/30_pgd.ipynb #39de7ca4
 def pgd(
     model:nn.Module, # classifier: images (N, C, H, W) in [0,1] -> logits; normalisation is its first layer
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -174,7 +175,7 @@ def pgd(
     network = fold(model, frozen=True)
     with evaluation_mode(network):
         eps = check_attack(network, images, labels, eps, steps, norm)
-        if eps == 0: return images.clone()
+        if eps == 0: return images.detach().clone()
         ball = BALLS[str(norm)](eps)
         start = ball.random_start(images, generator) if random_start else None
         return ascend(label_objective(network, labels, targeted=targeted, scale=loss_scale), images, ball,

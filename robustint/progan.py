@@ -323,7 +323,7 @@ def _check_growth(players, images, steps, batch_size, every, fade):
     for name, part, known in ((name, part, len(net.widths)) for name, player in players.items() for part, net in player.parts.items()):
         if known != len(steps): raise ValueError(f"the {part} of {name} has {known} scales, and steps are given for {len(steps)}: give widths and steps for the same scales")
 
-# %% ../nbs/60_progan.ipynb #7967c597
+# %% ../nbs/60_progan.ipynb #36a8b439
 def grow(
     players:dict, # Gan by name, of as many scales as there are steps; they are trained in place
     images:torch.Tensor, # real images, (N, C, S, S) in [0,1], on the players' device; S is 4 * 2**(number of scales - 1)
@@ -344,7 +344,7 @@ def grow(
     run, per_epoch, total = Growth(players, seed, images.device), len(images) // batch_size, sum(steps)
     print_ = _describe(players, images, steps=list(steps), batch_size=batch_size, fade=fade, seed=seed, every=every, identity=identity)
     if state is not None and Path(state).exists(): run.restore(state, print_)
-    bar, sums, count, began = track(range(run.step, total), total=total, label=label, unit="step"), {}, 0, time.monotonic()
+    bar, sums, count, began = track(range(run.step, total), total=total, initial=run.step, label=label, unit="step"), {}, 0, time.monotonic()
     for step in bar:
         scale, alpha = growth(step, steps, fade)
         if step % per_epoch == 0: run.order = torch.randperm(len(images), generator=run.generators["order"])

@@ -6,13 +6,14 @@
 __all__ = ['ramp', 'piecewise', 'RandomStarts', 'find_perturbed', 'borrowed_chance', 'fingerprint', 'digest_tensors',
            'list_broken', 'Run', 'Team', 'join_team', 'check_whole', 'check_range', 'check_rates', 'train']
 
-# %% ../nbs/41_training.ipynb #351ef4fa
+# %% ../nbs/41_training.ipynb #8b97f1a3
 import contextlib
 import hashlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels, check_logits, parse_fraction
+from .checks import check_eps, check_images, check_labels, check_logits, check_steps
 from .core import PRECISIONS, lower_precision, make_generator, track
 from .models import evaluation_mode, fold
 from .pgd import Linf, ascend
@@ -279,18 +280,32 @@ def check_range(
         inside = isinstance(value, Real) and low <= value <= high and not (interval[0] == "(" and value == low or interval[-1] == ")" and value == high)
         if not inside: raise ValueError(f"{name} must be a number in {interval}; got {value!r}")
 
-# %% ../nbs/41_training.ipynb #1062346e
+# %% ../nbs/41_training.ipynb #2bbe3e9f
 def check_rates(
     learning_rate:list, # pairs [from step, rate]
     unit:str="step", # what the schedule counts, for the error
 ) -> None:
     "Check a schedule of the learning rate. Raises ValueError unless it begins at 0 and all rates are above 0."
-    rates = [rate for _, rate in learning_rate]
-    if not rates or learning_rate[0][0] != 0 or any(not 0 < rate < math.inf for rate in rates):
-        raise ValueError(f"learning_rate must be pairs [from {unit}, rate > 0] that begin at {unit} 0; got {learning_rate}")
+    try:
+        starts, rates = zip(*learning_rate)
+        good = starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:])) and all(0 < rate < math.inf for rate in rates)
+    except (TypeError, ValueError): good = False
+    if not good: raise ValueError(f"learning_rate must be pairs [from {unit}, rate > 0], in order, that begin at {unit} 0, such as [[0, 1e-4]]; got {learning_rate}")
 
-# %% ../nbs/41_training.ipynb #5d55b530
-def _check_training(model, images, labels, epochs, settings):
+# %% ../nbs/41_training.ipynb #6be5320e
+def _check_plan(model, method, learning_rate, eps_ramp, optimiser):
+    "The checks of what `train` calls or unpacks. TypeError, ValueError with the remedy."
+    if not callable(getattr(method, "loss", None)): raise TypeError(f"method must be an object such as make_method('adv'); got {method!r}")
+    if hasattr(method, "compares_maps") and method.compares_maps(method.inner + method.outer) and not hasattr(method.explained(fold(model)), "logits_and_cams"):
+        raise ValueError(f"{method.title} compares class activation maps, which {type(model).__name__} has not: derive from models.GapNetwork, or train by make_method('int_ig')")
+    check_rates(learning_rate)
+    try: good = len(eps_ramp) == 2 and 0 <= eps_ramp[0] <= eps_ramp[1]
+    except TypeError: good = False
+    if not good: raise ValueError(f"eps_ramp must be two steps, 0 <= start <= stop, between which the radius grows; got {eps_ramp}: write (0, 0) for the whole radius from the first step on")
+    if not callable(optimiser): raise TypeError(f"optimiser must be a function of the parameters, such as partial(torch.optim.SGD, momentum=0.9); got {type(optimiser).__name__}")
+
+# %% ../nbs/41_training.ipynb #7c4bad32
+def _check_training(model, images, labels, method, epochs, settings):
     "The checks of `train` on entry; returns the settings with eps and the step size as numbers. ValueError with the remedy."
     check_images(images, channels=getattr(model, "channels", None))
     check_whole(0, epochs=epochs, inner_steps=settings["inner_steps"])
@@ -298,11 +313,14 @@ def _check_training(model, images, labels, epochs, settings):
     if settings["precision"] not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {settings['precision']!r}")
     if settings["drop_last"] and settings["batch_size"] > len(images):
         raise ValueError(f"batch_size must be from 1 to the number of images, {len(images)}; got {settings['batch_size']}")
-    check_rates(settings["learning_rate"])
     with torch.no_grad(), evaluation_mode(model): logits = model(images[:2].to(next(model.parameters()).device))
     check_logits(logits, len(images[:2]))
     check_labels(labels, len(images), logits.shape[1])
-    return settings | {"eps": check_eps(settings["eps"]), "inner_step_size": parse_fraction(settings["inner_step_size"], "inner_step_size")}
+    settings = settings | {"eps": check_eps(settings["eps"]), "inner_step_size": check_steps(settings["inner_steps"], settings["inner_step_size"])}
+    last = epochs * (len(images) // settings["batch_size"] if settings["drop_last"] else math.ceil(len(images) / settings["batch_size"]))
+    if getattr(method, "inner", ()) and settings["eps"] and 0 < last <= settings["eps_ramp"][0]:
+        warnings.warn(f"these {last} steps end before the attack begins, at step {settings['eps_ramp'][0]}: images stay clean so far; give eps_ramp=(0, 0) to attack from the first step on", stacklevel=3)
+    return settings
 
 # %% ../nbs/41_training.ipynb #68f36b2e
 def _describe_method(method):
@@ -325,7 +343,7 @@ def _fingerprint_run(run, method, settings, images, labels):
     return {"fingerprint": fingerprint({name: value for name, value in settings.items() if usual.get(name) != value} | more | run.source.settings),
             "problem": fingerprint({"network": network, "images": digest_tensors({"images": images}, 4096), "labels": digest_tensors({"labels": labels.long()})})}
 
-# %% ../nbs/41_training.ipynb #1254e6a1
+# %% ../nbs/41_training.ipynb #002354f3
 def train(
     model:nn.Module, # network to be trained in place: images in [0,1] -> logits
     images:torch.Tensor, # training images, (N, C, H, W) in [0,1]; moved to the model's device once
@@ -352,9 +370,10 @@ def train(
     accelerator=None, # an accelerate.Accelerator, where several processes train one network; None: this one alone
 ) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, seconds, what the source says and what evaluate returned
     "Train a network by a method of Table 1. Resumes exactly: on a CPU a killed and resumed run ends with the same bits."
+    _check_plan(model, method, learning_rate, eps_ramp, optimiser)
     settings = dict(batch_size=batch_size, learning_rate=[list(pair) for pair in learning_rate], eps=eps, eps_ramp=list(eps_ramp), inner_steps=inner_steps,
                     inner_step_size=inner_step_size, seed=seed, drop_last=drop_last, precision=precision, compiled=compiled)
-    settings, device = _check_training(model, images, labels, epochs, settings), next(model.parameters()).device
-    run = Run(model, optimiser(model.parameters()), source(images.to(device), seed), seed)
+    settings, device = _check_training(model, images, labels, method, epochs, settings), next(model.parameters()).device
+    run = Run(model, optimiser(model.parameters()), source(images.detach().to(device), seed), seed)
     known = _fingerprint_run(run, method, settings, images, labels)
     return _go_on(run, labels.to(device), method, settings, known, epochs=epochs, state=state, save_every=save_every, evaluate=evaluate, label=label, team=Team(accelerator))

@@ -41,7 +41,7 @@ def neuron_objective(
         return outputs[0][:, neuron].mean((1, 2))
     return value
 
-# %% ../nbs/34_visualisation.ipynb #59d1b894
+# %% ../nbs/34_visualisation.ipynb #d83cc82d
 def visualise(
     model:nn.Module, # any classifier
     images:torch.Tensor, # seed images, (N, C, H, W) in [0,1]
@@ -53,8 +53,9 @@ def visualise(
     eps:float=None, # l2 radius around the seed; none: anywhere in [0,1]
 ) -> torch.Tensor: # images that excite the neuron, (N, C, H, W) in [0,1]
     "Feature visualisation: raise one penultimate neuron from seed images (ICML paper, Figure 4). ValueError for bad input."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     radius = images[0].numel() ** 0.5 if eps is None else parse_fraction(eps, "eps")
+    if radius < 0: raise ValueError(f"eps is a radius and cannot be negative; got {radius:g}: write 0 for no change, or leave it out")
     with evaluation_mode(model):
         return ascend(neuron_objective(model, neuron, layer=layer), images, L2(radius), steps=steps, step_size=check_steps(steps, step_size))
 

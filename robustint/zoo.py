@@ -61,7 +61,7 @@ def load_tensors(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({str(error).splitlines()[0]}): delete it and make it again") from None
 
-# %% ../nbs/12_zoo.ipynb #b14d4d13
+# %% ../nbs/12_zoo.ipynb #00a5cabb
 def save_checkpoint(
     path:str|Path, # the file to write, .safetensors by custom
     model:nn.Module, # a Small, Pool or WResnet, or the folded form of one; or a network with a `recipe`
@@ -77,7 +77,7 @@ def save_checkpoint(
     architecture = next((name for name, kind in ARCHITECTURES.items() if type(model) is kind), None)
     if architecture is None and not hasattr(model, "recipe"):
         raise ValueError(f"a checkpoint holds one of {', '.join(ARCHITECTURES)}; got {type(model).__name__}: use save_tensors with its state_dict()")
-    recipe = {"architecture": architecture, "channels": model.channels, "classes": len(model.head)} if architecture else model.recipe
+    recipe = {"architecture": architecture, "channels": model.image_channels, "classes": len(model.head)} if architecture else model.recipe
     header = {"format": 1, **recipe, "dataset": dataset, "method": method, "seed": seed, "parameters": parameters, "version": robustint.__version__}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     return save_tensors(path, tensors | {f"extra.{name}": tensor for name, tensor in (extra or {}).items()}, header)

@@ -139,7 +139,7 @@ def test_the_old_networks_are_made_and_read_as_well(tmp_path):
 
 def test_attacks_take_them_as_they_are():
     model, x, y = fresh("smallcnn").train(), images_for("smallcnn"), torch.tensor([0, 1, 2])
-    assert fold(model) is model and model.channels == 1
+    assert fold(model) is model and model.image_channels == 1
     attacked = pgd(model, x, y, eps=0.1, steps=3, step_size=0.05)
     assert 0 < (attacked - x).abs().max() <= 0.1 + 1e-6 and all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

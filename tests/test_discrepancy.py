@@ -89,3 +89,10 @@ def test_no_attack_on_the_released_networks_violates_proposition_1(data, release
         test = data("mnist").subset(range(1000))
         counts.append(check_no_violation(load_released(released / f"mnist_smallgap_{method}_100.pkl"), test.images, test.labels, eps, steps=60, step_size=0.01))
     assert sum(counts) >= 2000
+
+
+@pytest.mark.parametrize("positions", [9, 400])
+def test_a_map_with_infinity_has_no_rank_correlation(positions):
+    first, second = torch.rand(3, positions), torch.rand(3, positions)
+    first[1, 2], second[2, 0] = torch.inf, torch.nan
+    assert kendall_tau(first, second).isnan().tolist() == [False, True, True]

@@ -74,3 +74,27 @@ def test_bad_input(change, message, model, digits):
     with pytest.raises(ValueError) as error:
         accuracy(**good)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_attack_of_ones_own_may_take_gradients(model, digits):
+    def mine(images, labels):
+        points = images.clone().requires_grad_()
+        nn.functional.cross_entropy(model(points), labels).backward()
+        return (points + 0.1 * points.grad.sign()).clamp(0, 1)
+    assert correct(model, digits.images, digits.labels, attack=mine).shape == digits.labels.shape
+
+
+@pytest.mark.parametrize("attack, message", [(lambda x, y: x * torch.nan, "attacked images hold NaN"), (lambda x, y: x + 5, "must lie in"), (lambda x, y: x[:1], "of shape"), (lambda x, y: None, "tensor")],
+                         ids=["NaN", "outside", "too few", "nothing"])
+def test_what_no_attack_may_return_is_refused(attack, message, model, digits):
+    with pytest.raises((TypeError, ValueError), match=message):
+        correct(model, digits.images, digits.labels, attack=attack)
+
+
+def test_looking_for_masked_gradients_leaves_the_network_alone():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    masking_warnings(network, torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]), steps=1)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items()) and network.training
+    with pytest.raises(ValueError, match="255"):
+        masking_warnings(network, torch.full((5, 1, 8, 8), 200.), torch.tensor([0, 1, 2, 0, 1]))

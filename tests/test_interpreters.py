@@ -128,7 +128,7 @@ def test_gradcam_without_a_layer_is_captums(captum, build):
         def forward(self, x): return self.features(self.network.features(x)).mean((2, 3)) @ self.head.T
 
     network = build(classes=3, generator=make_generator(0)).double()
-    written, images = Written(network), pictures(4, network.channels, 16, 16)
+    written, images = Written(network), pictures(4, network.image_channels, 16, 16)
     agree(gradcam(network, images, TARGET, relu=False), captum.LayerGradCam(written, written.features).attribute(images, TARGET)[:, 0])
 
 
@@ -184,7 +184,7 @@ def test_integrated_gradients_are_complete(baseline):
 @pytest.mark.parametrize("build", [Small, Pool, WResnet])
 def test_cam_is_complete_and_gradcam_is_its_positive_part(build):
     network = build(classes=3, generator=make_generator(0)).double()
-    images = pictures(4, network.channels, 16, 16)
+    images = pictures(4, network.image_channels, 16, 16)
     logits = network(images).detach()
     assert torch.allclose(cams(network, images).sum((2, 3)), logits)
     assert torch.allclose(cam(fold(network), images, TARGET, divide_by_positions=False).mean((1, 2)), logits[torch.arange(4), TARGET])

@@ -91,7 +91,7 @@ def test_all_layers_in_one_pass_equal_the_cuts(images):
 @pytest.mark.parametrize("model", [SmallCNN(generator=make_generator(0)), VGG16(classes=2, width=2, generator=make_generator(0))], ids=["smallcnn", "vgg16"])
 def test_the_chains_of_the_house_are_tapped_where_they_are_cut(model):
     model.eval()
-    x = torch.rand(2, model.channels, 32, 32, generator=make_generator(1))
+    x = torch.rand(2, model.image_channels, 32, 32, generator=make_generator(1))
     for title, latent in tap_layers(model, x, name_layers(model))[1].items():
         torch.testing.assert_close(latent, split(model, title)[0](x))
 

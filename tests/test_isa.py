@@ -331,3 +331,27 @@ def test_a_target_that_is_the_label_and_a_model_that_will_not_do(setting):
         with pytest.raises(ValueError, match=match) as error:
             sneak(model, x, y, targets, eps=0.1, weight=1e-3, n=N)
         one_line(error)
+
+
+def plain_network():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+def test_a_network_without_a_gap_head_is_attacked_by_the_interpreter_it_has():
+    torch.manual_seed(0)
+    network, images = plain_network(), torch.rand(4, 1, 8, 8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    labels = network.eval()(images).argmax(1)
+    targets = (labels + 1) % 5
+    found = isa(network.train(), images, labels, targets, n=4, interpreter="gradient", multiples=(1., 3.), bisections=3)
+    assert found.attacked.shape == (3, *images.shape) and network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items()), "in training mode too it is only looked at"
+    calm = isa(network.eval(), images, labels, targets, n=4, interpreter="gradient", multiples=(1., 3.), bisections=3)
+    assert torch.equal(found.attacked, calm.attacked)
+
+
+def test_a_wrong_name_is_refused_before_the_search_begins(monkeypatch):
+    monkeypatch.setattr("robustint.isa.smallest_radii", lambda *given, **more: pytest.fail("searched first"))
+    for wrong in ({"interpreter": "gradients"}, {"classes": "3-class"}):
+        with pytest.raises(ValueError, match="choose"):
+            isa(plain_network(), torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([1, 0]), n=2, **({"interpreter": "gradient"} | wrong))

@@ -114,3 +114,12 @@ def test_any_network_with_a_gap_head_can_be_folded():
 
     own, images = Own(), torch.rand(2, 1, 9, 9, generator=make_generator(0))
     torch.testing.assert_close(fold(own, frozen=True)(images), own(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_that_folding_would_not_know_is_not_folded():
+    "A forward of one's own, or a hook, would be passed by without a word."
+    with pytest.raises(TypeError, match="Normed must not define forward.*beginning of trunk"):
+        type("Normed", (ARCHITECTURES["small"],), {"forward": lambda self, images: super().forward(images - 0.5)})
+    model, images = network_and_images("small", 1, 28)
+    model.register_forward_hook(lambda module, given, logits: -logits)
+    assert fold(model, frozen=True) is model and torch.equal(fold(model)(images), model(images))

@@ -199,3 +199,15 @@ def test_without_a_compiler_the_steps_are_taken_as_they_are(tmp_path):
     environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_ball_has_no_negative_radius(batch):
+    with pytest.raises(ValueError, match="cannot be negative"):
+        pgd(make_model("small", channels=1), batch.images, batch.labels, eps=-0.5, steps=1, step_size=0.1, norm=2)
+
+
+def test_the_width_of_a_network_is_not_taken_for_its_images(batch):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    network.channels = 64
+    found = pgd(network, batch.images.clone().requires_grad_(), batch.labels, eps=0., steps=1, step_size=0.1)
+    assert torch.equal(found, batch.images) and not found.requires_grad

@@ -534,3 +534,28 @@ def test_a_batch_that_is_too_small_for_the_team_is_refused():
         num_processes, process_index = 3, 0
     with pytest.raises(ValueError, match="fewer"):
         Team(Three).share(2)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(method="adv"), "make_method"), (dict(learning_rate=1e-3), "pairs"), (dict(learning_rate=[(0, 0.1), (20, 0.2), (10, 0.3)]), "in order"), (dict(eps_ramp=None), "two steps"),
+    (dict(eps_ramp=(8, 3)), "start <= stop"), (dict(eps_ramp=(1, 2, 3)), "two steps"), (dict(optimiser=torch.optim.Adam([torch.zeros(1)])), "function of the parameters"), (dict(inner_step_size=-0.05), "0 or more")])
+def test_the_first_mistakes_are_answered_in_one_line(wrong, message, digits):
+    given = SETTINGS | wrong
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        train(fresh(), digits.images, digits.labels, given.pop("method", make_method("adv")), **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_maps_are_asked_of_networks_that_have_them(digits):
+    with pytest.raises(ValueError, match="Int compares class activation maps, which Sequential has not.*int_ig"):
+        train(torch.nn.Sequential(fresh()), digits.images, digits.labels, make_method("int"), **SETTINGS)
+
+
+def test_a_run_that_ends_before_its_attack_begins_says_so(digits, recwarn):
+    given = digits.images[:40].clone().requires_grad_(), digits.labels[:40]
+    short = SETTINGS | {"eps_ramp": (4, 8)}
+    train(fresh(), *given, make_method("adv"), **short) # 2 epochs of 2 steps
+    assert "4 steps end before the attack begins, at step 4" in str(recwarn.pop(UserWarning).message)
+    train(fresh(), *given, make_method("normal"), **short)
+    train(fresh(), *given, make_method("trades"), **SETTINGS)
+    assert not [warning for warning in recwarn if "attack begins" in str(warning.message)] and given[0].grad is None

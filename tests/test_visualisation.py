@@ -22,7 +22,7 @@ every_network = pytest.mark.parametrize("network, options", NETWORKS, ids=[netwo
 @every_network
 def test_the_neuron_is_the_mean_of_its_feature_map(network, options):
     model = network(generator=seeded(), **options)
-    images = some_images(shape=(model.channels, 28, 28) if network is Pool else (3, 32, 32))
+    images = some_images(shape=(model.image_channels, 28, 28) if network is Pool else (3, 32, 32))
     for neuron in (0, 3, model.head.shape[1] - 1):
         assert torch.allclose(neuron_objective(model, neuron)(images), model.features(images)[:, neuron].mean((1, 2)), atol=1e-4)
 
