@@ -234,7 +234,7 @@ def tell_time(
     more = f"each of them: robustint plan {shlex.join(words)}; the report alone, out of what is done: robustint reproduce {shlex.join(words)} --report-only"
     return [line, more][:1 + (seconds > LONG or bool(unknown))]
 
-# %% ../nbs/91_cli.ipynb #666e495e
+# %% ../nbs/91_cli.ipynb #03fc25b2
 def reproduce(
     jobs:list[Job], # all that a target needs
     report:Job, # its report
@@ -244,11 +244,14 @@ def reproduce(
 ) -> int: # exit code: 0, 1 or 130
     "Run what is not done, unless only the report is asked for, then the report; say what was written or what failed."
     todo, begun, place = remaining(jobs), time.time(), choose_place(asked.jobs, asked.profile, asked.per_gpu)
+    lines, seen = [], []
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already", file=sys.stderr)
     if asked.report_only: todo = []
     for line in tell_time(todo, report, asked) if todo else []: print(line, file=sys.stderr)
     try:
-        lines = run_jobs(todo, place, report.name) if todo else []
+        while todo and not lines:
+            lines, seen = run_jobs(todo, place, report.name), seen + todo
+            todo = [job for job in remaining(jobs) if job not in seen] # what was made from a network that has been trained anew
         if TARGETS[asked.target].partial or not lines: lines += run_report(report)
     except KeyboardInterrupt:
         print(f"stopped; what is done is kept. To go on: {again}", file=sys.stderr)

@@ -304,10 +304,10 @@ def _check_plan(model, method, learning_rate, eps_ramp, optimiser):
     if not good: raise ValueError(f"eps_ramp must be two steps, 0 <= start <= stop, between which the radius grows; got {eps_ramp}: write (0, 0) for the whole radius from the first step on")
     if not callable(optimiser): raise TypeError(f"optimiser must be a function of the parameters, such as partial(torch.optim.SGD, momentum=0.9); got {type(optimiser).__name__}")
 
-# %% ../nbs/41_training.ipynb #7c4bad32
+# %% ../nbs/41_training.ipynb #9582eeb0
 def _check_training(model, images, labels, method, epochs, settings):
     "The checks of `train` on entry; returns the settings with eps and the step size as numbers. ValueError with the remedy."
-    check_images(images, channels=getattr(model, "channels", None))
+    check_images(images, channels=getattr(model, "image_channels", None))
     check_whole(0, epochs=epochs, inner_steps=settings["inner_steps"])
     check_whole(1, batch_size=settings["batch_size"])
     if settings["precision"] not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {settings['precision']!r}")

@@ -25,7 +25,7 @@ import torch
 import yaml
 from house import ROOT
 
-from robustint.cli import LONG, make_parser, main, tell_time
+from robustint.cli import LONG, make_parser, main, reproduce, tell_time
 from robustint.costs import Cost
 from robustint.jobs import Job, describe_job
 from robustint.reproduce import TARGETS, plan
@@ -207,6 +207,18 @@ def test_a_long_job_names_the_way_to_the_details_and_to_the_report_alone(monkeyp
 def test_a_training_of_unknown_length_counts_as_long(monkeypatch):
     line, more = told(monkeypatch, None)
     assert "at least " in line and line.endswith("(a rough guess)") and "robustint plan" in more
+
+
+def test_what_was_made_from_a_network_trained_anew_is_made_again_in_the_same_command(monkeypatch):
+    "Fit is to be done; only when its new network is there does its old attack count as not done."
+    fit, hit = JOBS
+    left, run = [[fit], [hit], []], []
+    monkeypatch.setattr("robustint.cli.remaining", lambda jobs: left.pop(0))
+    monkeypatch.setattr("robustint.cli.run_jobs", lambda jobs, place, title: run.append(jobs) or [])
+    monkeypatch.setattr("robustint.cli.run_report", lambda report: run.append("report") or [])
+    monkeypatch.setattr("robustint.cli.price", lambda jobs, records: {job.name: Cost(10., "made up") for job in jobs})
+    given = make_parser().parse_args(["reproduce", *WORDS[:1]])
+    assert reproduce(JOBS, plan("icml2020_table1")[1], asked=given, again="") == 0 and run == [[fit], [hit], "report"]
 
 
 # --- running -----------------------------------------------------------------------------------------------------------
