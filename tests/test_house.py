@@ -273,7 +273,8 @@ def test_no_data_files_and_no_pickles_are_committed(tracked):
     assert house.data_files([Path("a/net.pkl"), Path("t10k-images-idx3-ubyte"), Path("x.JPEG")])
     assert not [str(path) for path in tracked if path.stat().st_size > 4_000_000]
     inside = [path.relative_to(ROOT).parts for path in tracked if path.is_relative_to(ROOT / "data")]
-    assert {parts[1] for parts in inside} <= {"records", "papers", "networks"}
+    assert {parts[1] for parts in inside} <= {"records", "papers", "networks", "runs"}
+    assert all(parts[-1].startswith("state-") and parts[-1].endswith(".safetensors") for parts in inside if parts[1] == "runs"), "of runs only the state of a long training under way"
 
 
 @pytest.mark.parametrize("path", RECORDS or [None], ids=lambda path: path.stem if path else "none")
