@@ -209,7 +209,7 @@ class Sneaking:
     weights:torch.Tensor # (K, N)
     attacked:torch.Tensor # (K + 1, N, C, H, W)
 
-# %% ../nbs/31_isa.ipynb #408f8540
+# %% ../nbs/31_isa.ipynb #96b3520f
 def isa(
     model:nn.Module, # classifier with logits as output
     images:torch.Tensor, # (N, C, H, W) in [0,1]
@@ -233,7 +233,7 @@ def isa(
     radii, points = plain or smallest_radii(model, images, labels, targets, n=n, bisections=bisections, steps=steps)
     with torch.no_grad(), evaluation_mode(network): benign = explain(images, chosen)[1]
     for multiple in multiples:
-        eps = (multiple * torch.where(radii.isinf(), 1., radii)).clamp(max=2) # no pixel is farther than 1
+        eps = (multiple * torch.where(radii.isinf(), 1., radii)).clamp(max=2) # no pixel is farther than 1, and `sneak` admits twice that
         def attack(weights):
             points = sneak(network, images, labels, targets, eps=eps, weight=weights, n=n, classes=classes, norm=norm, interpreter=interpreter, steps=steps, benign=benign)
             with torch.no_grad(), evaluation_mode(network): return points, target_margin(network(points), targets) < 0

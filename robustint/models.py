@@ -88,7 +88,7 @@ def convolve_same(
         return F.conv2d(x, weight, bias, stride=stride, padding=top)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride=stride)
 
-# %% ../nbs/11_models.ipynb #c751fa99
+# %% ../nbs/11_models.ipynb #c5874589
 class GapNetwork(nn.Module):
     "A convolutional network that ends in global average pooling and a linear layer without bias (ICML paper, Section 2)."
 
@@ -105,8 +105,7 @@ class GapNetwork(nn.Module):
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
         for convolution in self.convolutions: nn.init.zeros_(convolution.bias)
 
-    @property
-    def image_channels(self): return self.convolutions[0].in_channels
+    image_channels = property(lambda self: self.convolutions[0].in_channels)
 
     def convolve(self, i, x):
         "Convolution number `i` with SAME padding."
@@ -212,7 +211,7 @@ def mean_map(
     one_class = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)[:, :, None, None]
     return spread_weights(one_class.expand(-1, -1, *size) / math.prod(size), kernel)
 
-# %% ../nbs/11_models.ipynb #6d9f516b
+# %% ../nbs/11_models.ipynb #4cda39e0
 class Folded(nn.Module):
     "A GAP network whose tail is one linear map: same logits, same maps, fewer operations."
 
@@ -220,8 +219,7 @@ class Folded(nn.Module):
         super().__init__()
         self.model, self.frozen, self.kept = model, frozen, {}
 
-    @property
-    def image_channels(self): return self.model.image_channels
+    image_channels = property(lambda self: self.model.image_channels)
 
     def constant(self, name, compute):
         "The value of `compute()`, kept under `name` when the weights are frozen."

@@ -100,7 +100,7 @@ def attribution_norm(
     gradient, = torch.autograd.grad(loss, path, create_graph=True)
     return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
 
-# %% ../nbs/40_objectives.ipynb #f1eac2ba
+# %% ../nbs/40_objectives.ipynb #198df622
 @dataclass(frozen=True)
 class Method:
     "A method of Table 1: the terms its attack climbs and the terms its training descends."
@@ -127,7 +127,6 @@ class Method:
 
     @property
     def needs_whole(self): return attribution_norm in self.inner + self.outer # its loss is averaged over the whole batch, not over a share
-
     def compares_maps(self, terms): return any(term in (two_class_term, one_class_term) for term in terms)
 
     def climb(self, network, images, labels, whole=None) -> Callable:

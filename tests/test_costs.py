@@ -200,3 +200,9 @@ def test_the_committed_records_can_be_read():
     runs = [made for made in found if made["notebook"].startswith("run_") and made["device"] == "cpu" and made["seconds"] > 0]
     known = learn(runs)
     assert {made["id"] for made in runs} == {witness.id for witness in known.witnesses} and all(witness.work > 0 for witness in known.witnesses)
+
+
+def test_the_digits_are_as_many_as_the_plan_counts():
+    from robustint.costs import SIZES
+    from robustint.data import load_dataset
+    assert SIZES["digits"] == tuple(len(load_dataset("digits", split)) for split in ("train", "test"))

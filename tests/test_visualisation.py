@@ -77,3 +77,8 @@ def test_bad_input_is_refused_in_one_line(arguments, match):
     with pytest.raises(ValueError, match=match) as error:
         visualise(Small(channels=3, generator=seeded()), given.pop("images"), given.pop("neuron"), **given)
     one_line(error)
+
+
+def test_a_radius_around_the_seed_is_not_negative():
+    with pytest.raises(ValueError, match="cannot be negative"):
+        visualise(Small(1), some_images(shape=(1, 28, 28)), 3, eps=-1., steps=1)
