@@ -87,9 +87,9 @@ def _compile_step():
 
 # %% ../nbs/30_pgd.ipynb #6f504a5d
 def _compiling():
-    "The setting under which a compiled piece may take a gradient inside, where torch has one; a context."
+    "The settings under which a compiled piece may take a gradient inside, and many pieces are kept; a context."
     from torch import _dynamo
-    return _dynamo.config.patch(trace_autograd_ops=True) if hasattr(_dynamo.config, "trace_autograd_ops") else contextlib.nullcontext()
+    return _dynamo.config.patch(recompile_limit=64, **({"trace_autograd_ops": True} if hasattr(_dynamo.config, "trace_autograd_ops") else {}))
 
 # %% ../nbs/30_pgd.ipynb #f2cd8aa4
 def _fuse(given, wanted): # the arguments of a step, and the gradient it found
@@ -112,8 +112,10 @@ def ascend(
     "Projected gradient ascent, the one loop behind every attack. Inputs are checked by the callers."
     project, velocity = ball.projection(images), 0.
     points = (images if start is None else start).detach().clone()
-    with torch.enable_grad(), _compiling() if compiled else contextlib.nullcontext():
+    with torch.enable_grad(), contextlib.ExitStack() as settings:
+        if compiled: settings.enter_context(_compiling())
         for k in range(steps):
+            if compiled and k == 4: settings.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=True))
             given = objective, ball, project, points.requires_grad_(), velocity, step_size, decay
             points, velocity = fused(*given) if compiled and k > 1 else _step(*given)
             if compiled and k == 1: fused = _fuse(given, velocity)
