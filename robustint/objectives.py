@@ -128,18 +128,19 @@ class Method:
     @property
     def needs_whole(self): return attribution_norm in self.inner + self.outer # its loss is averaged over the whole batch, not over a share
     def compares_maps(self, terms): return any(term in (two_class_term, one_class_term) for term in terms)
+    def ignores_clean(self, terms): return all(term in (adversarial_loss, attribution_norm) for term in terms) # so that the clean side need not be computed
 
     def climb(self, network, images, labels, whole=None) -> Callable:
         "The inner objective: perturbed images -> values (N,). None where the method has no attack. `whole`: size of the batch, where these are a share."
         if not self.inner: return None
         maps, network = self.compares_maps(self.inner), self.explained(network)
-        with torch.no_grad(): clean = Pair(network, images, labels, maps=maps).views(images) if maps or divergence in self.inner else ()
+        with torch.no_grad(): clean = () if self.ignores_clean(self.inner) else Pair(network, images, labels, maps=maps).views(images)
         return lambda perturbed: self.total(self.inner, Pair(network, images, labels, perturbed, maps, clean, whole))
 
     def loss(self, network, images, perturbed, labels, whole=None) -> torch.Tensor:
         "The outer loss, (N,), differentiable in the weights of the network. `whole`: as for `climb`."
-        maps = self.compares_maps(self.outer)
-        return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps, whole=whole))
+        maps, clean = self.compares_maps(self.outer), () if self.ignores_clean(self.outer) else None
+        return self.total(self.outer, Pair(self.explained(network), images, labels, perturbed, maps, clean, whole))
 
 # %% ../nbs/40_objectives.ipynb #dd15c0ed
 METHODS = {

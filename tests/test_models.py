@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from robustint.core import make_generator
-from robustint.models import ARCHITECTURES, Folded, GapNetwork, convolve_same, evaluation_mode, fold, make_model, same_padding
+from robustint.models import ARCHITECTURES, Folded, GapNetwork, convolve_same, evaluation_mode, fold, gradient_phases, make_model, same_padding
 
 INPUTS = [("small", 1, 28), ("small", 3, 32), ("pool", 1, 28), ("pool", 3, 32), ("wresnet", 3, 32), ("wresnet", 3, 64)]
 
@@ -53,6 +53,17 @@ def test_folding_changes_no_gradient(architecture, channels, size):
 
     for ours, plain in zip(gradients(fold(model)), gradients(model)):
         torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("channels, kernel", [(1, 4), (3, 4), (1, 2), (2, 6)])
+def test_both_orders_of_summation_give_the_same_phases(monkeypatch, channels, kernel):
+    grad = torch.randn(2, 5, 4, 6, generator=make_generator(0), dtype=torch.float64)
+    weight = torch.randn(5, channels, kernel, kernel, generator=make_generator(1), dtype=torch.float64)
+    convolved = gradient_phases(grad, weight)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    summed = gradient_phases(grad, weight)
+    torch.testing.assert_close(summed, convolved, atol=1e-12, rtol=1e-12)
+    assert not torch.equal(summed, convolved)  # another order, so other last bits: both forms have run
 
 
 def test_a_fold_follows_the_weights_and_a_frozen_fold_does_not():
