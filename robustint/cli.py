@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 import robustint
-from .core import project_root
+from .core import project_root, write_atomic
 from .costs import describe_plan, forecast, price
-from .jobs import Job, describe_job, find_error, papermill_line, remaining
+from .jobs import Job, describe_job, find_error, list_copies, papermill_line, remaining
 from .reproduce import TARGETS, places, plan
 
 # %% ../nbs/91_cli.ipynb #07753900
@@ -209,6 +209,7 @@ def show_plan(
 ) -> int: # exit code
     "Print the papermill lines of what is still to be run."
     todo = remaining(jobs)
+    for old, new in (pair for job in jobs for pair in list_copies(job)): print(shlex.join(["install", "-D", old, new]))
     for job in todo * (not report_only) + [report]: print(papermill_line(job))
     rest = "this line, run in the project's folder, makes the report of them" if report_only else "these lines, run in this order in the project's folder, do the rest"
     print(f"# {len(jobs) - len(todo)} of {len(jobs)} runs are done; {rest}", file=sys.stderr)
@@ -243,6 +244,7 @@ def reproduce(
     again:str, # the command to go on with
 ) -> int: # exit code: 0, 1 or 130
     "Run what is not done, unless only the report is asked for, then the report; say what was written or what failed."
+    for old, new in (pair for job in jobs for pair in list_copies(job)): write_atomic(project_root()/new, (project_root()/old).read_bytes())
     todo, begun, place = remaining(jobs), time.time(), choose_place(asked.jobs, asked.profile, asked.per_gpu)
     lines, seen = [], []
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already", file=sys.stderr)
@@ -293,7 +295,7 @@ def add_selection(
     parser.add_argument("--dataset", action="append", help="only this data set; may be given more than once")
     parser.add_argument("--method", action="append", help="only this method; may be given more than once")
     parser.add_argument("--seed", action="append", type=int, metavar="N", help="of the networks trained here only those of this seed; may be given more than once")
-    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="change a parameter of the runs; their results stay apart, in data/runs/changed")
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="change a parameter of the runs; their results stay apart, under data/runs/changed; what it does not touch is copied, not run again")
 
 # %% ../nbs/91_cli.ipynb #4c138a65
 def show_costs(

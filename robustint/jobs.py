@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'training_id', 'classifier_word', 'training_label', 'attack_id', 'load_network', 'experiments_folder',
            'notebook_parameters', 'nearest', 'known_values', 'check_parameters', 'Job', 'papermill_line', 'is_done',
-           'remaining', 'describe_job', 'find_error']
+           'list_copies', 'remaining', 'describe_job', 'find_error']
 
 # %% ../nbs/80_jobs.ipynb #62fb750f
 import ast, difflib, json, re, shlex
@@ -166,6 +166,7 @@ class Job:
     log: str = "" # the executed notebook, kept when the run fails
     threads: int = 1 # processor threads
     gpu: int = 0 # graphics cards
+    origin: "Job|None" = None # the same run in another place, whose files will do
 
 # %% ../nbs/80_jobs.ipynb #6d36afe7
 def papermill_line(
@@ -199,18 +200,26 @@ def is_done(
     seen = {value for name, value in record["metrics"].items() if name.endswith("sha256")} # of all networks it made or read
     return all(sha256(file) in seen for file in files)
 
+# %% ../nbs/80_jobs.ipynb #9856f3f1
+def list_copies(
+    job:Job, # one that may have an origin
+) -> list[tuple[str, str]]: # pairs of what is there and where it belongs, relative to the project
+    "The files of a job that need only be copied; none where it is done, or nothing like it is."
+    if job.origin is None or is_done(job) or not is_done(job.origin): return []
+    return [pair for pair in zip(job.origin.outputs, job.outputs) if (project_root()/pair[0]).is_file()]
+
 # %% ../nbs/80_jobs.ipynb #debe1060
 def remaining(
     jobs:list[Job], # a whole plan
 ) -> list[Job]: # those to be run, in the same order
-    "The jobs that are not done, and those that make a missing input of theirs."
-    makers = {name: job for job in jobs for name in job.outputs}
-    waiting, needed = [job for job in jobs if not is_done(job)], []
+    "The jobs that are not done and not to be copied, and those that make a missing input of theirs."
+    makers, copied = {name: job for job in jobs for name in job.outputs}, {new for job in jobs for _, new in list_copies(job)}
+    waiting, needed = [job for job in jobs if job.outputs[0] not in copied and not is_done(job)], []
     while waiting:
         job = waiting.pop()
         if job in needed: continue
         needed.append(job)
-        waiting += [makers[name] for name in job.inputs if name in makers and not (project_root()/name).is_file()]
+        waiting += [makers[name] for name in job.inputs if name in makers and name not in copied and not (project_root()/name).is_file()]
     return [job for job in jobs if job in needed]
 
 # %% ../nbs/80_jobs.ipynb #63e88834

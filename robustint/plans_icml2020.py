@@ -7,7 +7,7 @@ __all__ = ['plan_table1', 'plan_quick', 'plan_blocks', 'plan_together']
 
 # %% ../nbs/83_plans_icml2020.ipynb #7a5a7c16
 from .jobs import Job, attack_id, nearest, training_id, training_label
-from .plans import change_parameters, make_job, places, read_params
+from .plans import make_job, places, read_params
 
 # %% ../nbs/83_plans_icml2020.ipynb #f1f1fba7
 def _attacks(
@@ -16,7 +16,6 @@ def _attacks(
     dataset:str,
     network:dict, # architecture, method, weights, and for trained ones train_id and seed
     where:dict, # from places
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The attacks on one network: one job, or one for each eps."
     settings = table["datasets"][dataset]
@@ -27,8 +26,7 @@ def _attacks(
     if sample: groups = [sample | {"eps": settings["eps"]}, sample | settings["sample_clean"]]
     jobs = []
     for group in groups:
-        named = {"dataset": dataset, **network, **attack, **group, "scale": scale}
-        parameters = change_parameters("run_pgd", named, changes)
+        parameters = {"dataset": dataset, **network, **attack, **group, "scale": scale}
         name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group["eps"], training_label(network.get("train_id")))
         jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
@@ -40,7 +38,6 @@ def _training(
     chosen:dict, # schedule, and changes and label where there are any
     scale:str, # "smoke", "quick", "short" or "paper"
     where:dict, # from places
-    changes:dict, # from the command line
 ) -> Job:
     "The training of one network."
     settings = params["training"][network["dataset"]][chosen["schedule"]] | chosen.get("changes", {})
@@ -48,7 +45,7 @@ def _training(
     name = training_id(network["dataset"], network["architecture"], network["method"], settings["eps"], network["seed"], label)
     first = training_id(network["dataset"], network["architecture"], network["method"], settings["eps"], network["seed"]) if settings.get("start_from") else None
     named = network | settings | {"scale": scale, "label": label, "record_id": name} | ({"start_from": first} if first else {})
-    return make_job(name, "run_train", change_parameters("run_train", named, changes), where, first)
+    return make_job(name, "run_train", named, where, first)
 
 # %% ../nbs/83_plans_icml2020.ipynb #b5fa1d09
 def _trained(
@@ -58,7 +55,6 @@ def _trained(
     dataset:str,
     chosen:dict, # schedule, changes, methods, seeds of this scale and data set
     where:dict, # from places
-    changes:dict, # from the command line
     methods:list|None, # None: all
 ) -> list[Job]:
     "Trainings, each followed by its attacks."
@@ -68,8 +64,8 @@ def _trained(
             if methods and method not in methods: continue
             for seed in chosen.get("seeds", table["seeds"]):
                 network = {"architecture": architecture, "method": method, "seed": seed}
-                training = _training(params, {"dataset": dataset} | network, chosen, scale, where, changes)
-                jobs += [training] + _attacks(table, scale, dataset, network | {"weights": "trained", "train_id": training.name}, where, changes)
+                training = _training(params, {"dataset": dataset} | network, chosen, scale, where)
+                jobs += [training] + _attacks(table, scale, dataset, network | {"weights": "trained", "train_id": training.name}, where)
     return jobs
 
 # %% ../nbs/83_plans_icml2020.ipynb #6c8a8b6f
@@ -78,21 +74,20 @@ def plan_table1(
     weights:list[str], # "released", "trained" or both
     datasets:list|None, # None: all
     methods:list|None, # None: all
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The runs behind Table 1 of the ICML 2020 paper."
     params = read_params("icml2020")
     table = params["icml2020_table1"] | {"scales": params["scales"]}
-    where, jobs = places("changed" if changes else scale), []
+    where, jobs = places(scale), []
     for dataset in datasets or table["datasets"]:
         settings = table["datasets"].get(dataset)
         if settings is None: raise ValueError(f"Table 1 has no data set {dataset!r}: {nearest(dataset, table['datasets'])}")
         named = [(a, m) for a in settings["architectures"] for m in settings["methods"] if not methods or m in methods]
         as_paper = "paper" if scale == "short" and "sample" not in settings else scale # the released networks know no schedule of ours
         for architecture, method in named if "released" in weights else []:
-            jobs += _attacks(table, as_paper, dataset, {"architecture": architecture, "method": method, "weights": "released"}, where, changes)
+            jobs += _attacks(table, as_paper, dataset, {"architecture": architecture, "method": method, "weights": "released"}, where)
         for chosen in params["trained"][scale].get(dataset, []) if "trained" in weights else []:
-            jobs += _trained(params, table, scale, dataset, chosen, where, changes, methods)
+            jobs += _trained(params, table, scale, dataset, chosen, where, methods)
     return jobs
 
 # %% ../nbs/83_plans_icml2020.ipynb #4ac55f2b
@@ -101,20 +96,19 @@ def plan_quick(
     weights:list[str], # trained here, whatever is asked for
     datasets:list|None, # the digits, whatever is asked for
     methods:list|None, # None: the four of the params file
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The runs behind the quick report."
     quick = read_params("quick")["quick"]
-    small, where, jobs = quick["scales"][scale], places("changed" if changes else scale), []
+    small, where, jobs = quick["scales"][scale], places(scale), []
     blocks = {block: quick[block] | small.get(block, {}) for block in ("training", "attack", "cam")}
     for method in methods or small.get("methods", quick["methods"]):
         for seed in quick["seeds"]:
             network = {"dataset": quick["dataset"], "architecture": quick["architecture"], "method": method, "seed": seed, "scale": scale}
             words = quick["dataset"], quick["architecture"], method
             name = training_id(*words, blocks["training"]["eps"], seed)
-            jobs.append(make_job(name, "run_train", change_parameters("run_train", network | blocks["training"] | {"record_id": name}, changes), where))
+            jobs.append(make_job(name, "run_train", network | blocks["training"] | {"record_id": name}, where))
             for notebook, block in ("run_pgd", "attack"), ("run_cam", "cam"):
-                settings = change_parameters(notebook, network | blocks[block] | {"weights": "trained", "train_id": name}, changes)
+                settings = network | blocks[block] | {"weights": "trained", "train_id": name}
                 hit = attack_id(*words, "trained", seed, settings["steps"], settings["eps"], name=notebook.removeprefix("run_"))
                 jobs.append(make_job(hit, notebook, settings | {"record_id": hit}, where, name))
     return jobs
@@ -129,9 +123,9 @@ def _networks(
     if weights != "trained": return [({"weights": weights}, None)]
     if "training" in block:
         chosen, network = block["training"], {"dataset": block["dataset"], "architecture": block["architecture"], "method": method}
-        trainings = [_training(read_params("icml2020"), network | {"seed": seed}, chosen, "short", places("short"), {}) for seed in chosen["seeds"]]
+        trainings = [_training(read_params("icml2020"), network | {"seed": seed}, chosen, "short", places("short")) for seed in chosen["seeds"]]
     else:
-        planned = plan_table1("short", ["trained"], [block["dataset"]], [method], {})
+        planned = plan_table1("short", ["trained"], [block["dataset"]], [method])
         trainings = [job for job in planned if job.notebook == "run_train" and not training_label(job.name)]
     return [({"weights": weights, "train_id": job.name, "seed": job.parameters["seed"]}, job) for job in trainings]
 
@@ -142,11 +136,10 @@ def plan_blocks(
     weights:list[str], # which blocks: "released", "trained"; at smoke scale all
     datasets:list|None, # None: all
     methods:list|None, # None: all
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The runs behind a section, block by block."
     section, smoke = read_params("icml2020")[section], scale == "smoke"
-    where, notebook, jobs = places("changed" if changes else scale), section["notebook"], []
+    where, notebook, jobs = places(scale), section["notebook"], []
     for block in section["smoke" if smoke else "blocks"]:
         if not smoke and (block.get("weights", "released") not in weights or datasets and block["dataset"] not in datasets): continue
         settings = section["settings"] | block.get("settings", {})
@@ -157,7 +150,7 @@ def plan_blocks(
                 named = dict(zip(("dataset", "architecture", "method"), words)) | network
                 if training and training not in jobs: jobs.append(training)
                 for group in groups:
-                    parameters = change_parameters(notebook, named | settings | group | {"scale": scale}, changes)
+                    parameters = named | settings | group | {"scale": scale}
                     name = attack_id(*words, parameters["steps"], parameters.get("eps", []), training_label(network.get("train_id")), name=block["name"])
                     jobs.append(make_job(name, notebook, parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
@@ -169,11 +162,10 @@ def plan_together(
     weights:list[str], # of no influence
     datasets:list|None, # of no influence
     methods:list|None, # None: all
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The one run behind a section that measures all methods side by side."
-    section, where = read_params("icml2020")[section], places("changed" if changes else scale)
+    section, where = read_params("icml2020")[section], places(scale)
     settings = section["settings"] | (section["smoke"] if scale == "smoke" else {})
     settings |= {"methods": [m for m in settings["methods"] if not methods or m in methods], "scale": scale}
     name = f"{settings['dataset']}-{settings['architecture']}-{section['name']}"
-    return [make_job(name, section["notebook"], change_parameters(section["notebook"], settings | {"record_id": name}, changes), where)]
+    return [make_job(name, section["notebook"], settings | {"record_id": name}, where)]

@@ -7,7 +7,7 @@ __all__ = ['plan_pooling', 'plan_diagnosis']
 
 # %% ../nbs/84_plans_interpretgan.ipynb #c4bd8cac
 from .jobs import Job, attack_id, classifier_word, notebook_parameters, training_id
-from .plans import change_parameters, make_job, places, read_params
+from .plans import make_job, places, read_params
 
 # %% ../nbs/84_plans_interpretgan.ipynb #198b4af1
 def _train(
@@ -17,7 +17,6 @@ def _train(
     seed:int,
     scale:str, # "smoke", "quick", "short" or "paper"
     where:dict, # from places
-    changes:dict, # from the command line
 ) -> Job:
     "The training of one classifier."
     settings = params["atta"][block["dataset"]][block["training"]] | block.get("changes", {})
@@ -25,7 +24,7 @@ def _train(
     word = classifier_word(settings["architecture"], pooling, settings.get("width"), settings.get("depth"))
     name = training_id(block["dataset"], word, settings["method"], settings.get("eps", 0.3), seed, block.get("label", ""))
     named = {"dataset": block["dataset"], "pooling": pooling, "seed": seed, "scale": scale, "label": block.get("label", "")} | settings
-    return make_job(name, "run_atta", change_parameters("run_atta", named | {"record_id": name}, changes), where)
+    return make_job(name, "run_atta", named | {"record_id": name}, where)
 
 # %% ../nbs/84_plans_interpretgan.ipynb #6db19d7a
 def _blocks(
@@ -50,21 +49,19 @@ def plan_pooling(
     weights:list[str], # trained here, else nothing is planned
     datasets:list|None, # None: all
     methods:list|None, # None: all
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The runs behind Tables 2 and 3 of the InterpretGAN paper."
     params, chosen = _blocks(section, scale, weights, datasets, methods)
-    where, jobs = places("changed" if changes else scale), []
+    where, jobs = places(scale), []
     for block, pooling, seed in chosen:
-        training = _train(params, block, pooling, seed, scale, where, changes)
+        training = _train(params, block, pooling, seed, scale, where)
         jobs.append(training)
         made = training.parameters
         word = classifier_word(made["architecture"], pooling, made.get("width"), made.get("depth"))
         network = {"dataset": block["dataset"], "architecture": made["architecture"], "method": made["method"], "weights": "trained", "train_id": training.name, "seed": seed}
         for title in block["attacks"]:
             attack = params["evaluation"][block["dataset"]][title]
-            named = network | attack | {"eps": [attack["eps"]], "size": made["size"], "scale": scale} | block.get("settings", {})
-            parameters = change_parameters("run_pgd", named, changes)
+            parameters = network | attack | {"eps": [attack["eps"]], "size": made["size"], "scale": scale} | block.get("settings", {})
             name = attack_id(block["dataset"], word, made["method"], "trained", seed, parameters["steps"], parameters["eps"], block.get("label", ""), name=title.rstrip("0123456789"))
             jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, training.name))
     return jobs
@@ -78,14 +75,13 @@ def _explain(
     chosen:str, # the values of the explainers, by name
     scale:str, # "smoke", "quick", "short" or "paper"
     where:dict, # from places
-    changes:dict, # from the command line
 ) -> Job:
     "The training of the explainers of one classifier."
     settings, seed = params["interpretgan"][block["dataset"]][chosen], training.parameters["seed"]
     label = "full" if chosen == "paper" else ""
     name = "-".join(word for word in (training.name, kind, label, f"s{seed}") if word)
     named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "train_id": training.name, "seed": seed, "scale": scale, "label": label} | settings | {"kind": kind, "record_id": name}
-    return make_job(name, "run_interpretgan", change_parameters("run_interpretgan", named, changes), where, training.name)
+    return make_job(name, "run_interpretgan", named, where, training.name)
 
 # %% ../nbs/84_plans_interpretgan.ipynb #91438f9c
 def plan_diagnosis(
@@ -94,24 +90,22 @@ def plan_diagnosis(
     weights:list[str], # trained here, else nothing is planned
     datasets:list|None, # None: all
     methods:list|None, # None: all
-    changes:dict, # from the command line
 ) -> list[Job]:
     "The runs behind the diagnosis of the InterpretGAN paper: networks, explainers, and each notebook of the block's `then`."
     params, chosen = _blocks(section, scale, weights, datasets, methods)
-    where, jobs = places("changed" if changes else scale), {}
+    where, jobs = places(scale), {}
     for block, pooling, seed in chosen:
         other = (block["seeds"] * 2)[block["seeds"].index(seed) + 1] if len(block["seeds"]) > 1 else seed + 1
-        training, independent = (_train(params, block, pooling, s, scale, where, changes) for s in (seed, other))
+        training, independent = (_train(params, block, pooling, s, scale, where) for s in (seed, other))
         reads_other = any("independent_id" in notebook_parameters(f"run_{notebook}") for notebook in block["then"])
         jobs |= {job.name: job for job in ([training, independent] if reads_other else [training])}
         for kind, values in (block.get("kinds") or {"explain": block["explainers"]}).items():
-            made = _explain(params, block, training, kind, values, scale, where, changes)
+            made = _explain(params, block, training, kind, values, scale, where)
             jobs[made.name] = made
             for notebook, used in block["then"].items():
                 known = {"train_id": training.name, "explainers_id": made.name, "independent_id": independent.name}
                 known = {key: value for key, value in known.items() if key in notebook_parameters(f"run_{notebook}")}
                 named = {"dataset": block["dataset"], "architecture": training.parameters["architecture"], "scale": scale} | known | params[notebook][block["dataset"]][used]
                 name = f"{made.name}-{notebook}"
-                parameters = change_parameters(f"run_{notebook}", named | {"record_id": name}, changes)
-                jobs[name] = make_job(name, f"run_{notebook}", parameters, where, *known.values())
+                jobs[name] = make_job(name, f"run_{notebook}", named | {"record_id": name}, where, *known.values())
     return list(jobs.values())

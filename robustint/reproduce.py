@@ -12,7 +12,7 @@ from functools import partial
 
 # %% ../nbs/90_reproduce.ipynb #aa51c3c3
 from .jobs import Job, known_values, nearest, notebook_parameters
-from .plans import make_job, places, read_params # a report takes the last two from here, with plan
+from .plans import change_jobs, change_parameters, make_job, places, read_params # a report takes the last two from here, with plan
 from .plans_icml2020 import plan_blocks, plan_quick, plan_table1, plan_together
 from .plans_interpretgan import plan_diagnosis, plan_pooling
 
@@ -21,15 +21,15 @@ from .plans_interpretgan import plan_diagnosis, plan_pooling
 class Target:
     "Something to reproduce."
     title: str # what it is, in a few words
-    jobs: Callable # (scale, weights, datasets, methods, changes) -> list of Job
+    jobs: Callable # (scale, weights, datasets, methods) -> list of Job
     report: str # the notebook that reads the records
     scales: tuple # the scales it has; the first is the default
     partial: bool # whether the report is made where some records are missing
 
 # %% ../nbs/90_reproduce.ipynb #3fa44e98
-def _plan_main(scale, weights, datasets, methods, changes):
-    first = plan_quick(scale, weights, datasets, methods, changes)
-    return first if methods or changes else [*plan_diagnosis("quick_diagnosis", scale, ["trained"], datasets, None, {}), *first] # the longest chain begins first
+def _plan_main(scale, weights, datasets, methods):
+    first = plan_quick(scale, weights, datasets, methods)
+    return first if methods else [*plan_diagnosis("quick_diagnosis", scale, ["trained"], datasets, None), *first] # the longest chain begins first
 
 # %% ../nbs/90_reproduce.ipynb #5c03e199
 TARGETS = {
@@ -94,14 +94,15 @@ def plan(
         for value in values or []:
             if value not in choices: raise ValueError(f"no {name} of {target} is called {value!r}: {nearest(value, choices)}")
     kinds = [list(weights)] if weights else [["released"], ["trained"]]
-    jobs = next(filter(None, (TARGETS[target].jobs(scale, kind, datasets, methods, changes) for kind in kinds)), [])
+    jobs = next(filter(None, (TARGETS[target].jobs(scale, kind, datasets, methods) for kind in kinds)), [])
     if not jobs: raise ValueError(f"{target} has no run at scale {scale} for what was asked: robustint list shows what there is")
     if seeds: jobs = choose_seeds(jobs, seeds)
     every = {name: None for job in jobs for name in notebook_parameters(job.notebook)}
     for name, value in changes.items():
         if name not in every: raise ValueError(f"no run of {target} has a parameter {name!r}: {nearest(name, every)}")
-        if not any(job.parameters.get(name) == value for job in jobs):
+        if not any(change_parameters(job.notebook, {}, {name: value}) for job in jobs):
             raise ValueError(f"{name} = {value!r} fits no run of {target}: give a list as {name}=[…], a number as {name}=…")
-    shown = "changed" if changes else scale
-    report = make_job(TARGETS[target].report, TARGETS[target].report, {"scale": shown}, places(shown), figures=True)
+    if changes: jobs = change_jobs(jobs, changes, scale)
+    words = {"changed": " ".join(f"-p {name}={value}" for name, value in changes.items())} if changes else {}
+    report = make_job(TARGETS[target].report, TARGETS[target].report, {"scale": scale} | words, places(scale, changes), figures=True)
     return jobs, report

@@ -169,7 +169,7 @@ def test_list_names_every_target(project, capsys):
 def test_a_changed_parameter_stays_apart(project, capsys):
     assert main([*SMOKE, "--dry-run", "-p", "epochs=1"]) == 0
     out = capsys.readouterr().out
-    assert "-p epochs 1" in out and "data/runs/changed/records" in out and "data/runs/smoke" not in out
+    assert "-p epochs 1" in out and "data/runs/changed/smoke-epochs_1/records" in out and "data/runs/smoke" not in out
 
 
 def test_fetch_says_in_one_line_why_it_failed(tmp_path, monkeypatch, capsys, server):

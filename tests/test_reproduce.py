@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from house import ROOT
 
 from robustint.checks import parse_fraction
 from robustint.core import make_record, read_record, sha256, write_record
-from robustint.jobs import Job, describe_job, find_error, is_done, papermill_line, remaining
+from robustint.jobs import Job, describe_job, find_error, is_done, list_copies, papermill_line, remaining
 from robustint.reproduce import TARGETS, places, plan, read_params
 from robustint.objectives import METHODS
 from robustint.tables import DATASETS, MODELS
@@ -103,8 +104,8 @@ def test_no_plan_leaves_open_what_the_notebook_works_out_and_records():
 
 def test_smoke_and_quick_write_nothing_that_git_keeps():
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
-    for scale in ("smoke", "quick", "changed"):
-        assert all(any(folder.startswith(name) for name in ignored) for folder in places(scale).values())
+    for where in places("smoke"), places("quick"), places("paper", {"steps": 20, "eps": ["8/255"]}):
+        assert all(any(folder.startswith(name) for name in ignored) for folder in where.values())
     assert places("paper") == places("short")
 
 
@@ -227,6 +228,29 @@ def test_done_work_is_left_out_and_changed_work_is_not(empty_project):
     assert remaining(jobs) == []
     pretend(attack, empty_project, steps=3)
     assert remaining(jobs) == [attack]
+
+
+def test_what_a_change_does_not_touch_is_copied_and_not_run_again(empty_project):
+    for job in plan("quick", methods=["int"])[0]:
+        pretend(job, empty_project)
+    jobs, report = plan("quick", methods=["int"], changes={"steps": 5})
+    train, attack, look = jobs
+    assert [job.name for job in jobs] == [job.name for job in plan("quick", methods=["int"])[0]]  # by these names the report finds them
+    assert remaining(jobs) == [attack, look] and attack.parameters["steps"] == 5 and attack.parameters["scale"] == "changed"
+    assert report.parameters["changed"] == "-p steps=5" and report.parameters["records"] == str(Path(attack.outputs[0]).parent)
+    assert [new for _, new in list_copies(train)] == list(train.outputs) and not list_copies(attack)
+    for old, new in list_copies(train):
+        (empty_project / new).parent.mkdir(parents=True, exist_ok=True)
+        (empty_project / new).write_bytes((empty_project / old).read_bytes())
+    assert is_done(train) and not list_copies(train) and remaining(jobs) == [attack, look]
+    train, attack, look = jobs = plan("quick", methods=["int"], changes={"epochs": 1})[0]
+    assert remaining(jobs) == jobs and "steps_5" not in train.outputs[0]  # another change, another place
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_report_knows_that_its_runs_were_changed(target):
+    report = plan(target, changes={"device": "cpu"})[1]
+    assert report.parameters["changed"] == "-p device=cpu" and report.parameters["figures"].startswith("data/runs/changed/")
 
 
 def test_a_new_network_asks_for_new_attacks(empty_project):
