@@ -38,6 +38,11 @@ def discrepancy(maps, other, logits, labels):
     return ((true + shares) * distances).sum(1)
 
 
+def clean_loss(network, images, perturbed, labels):
+    "CE(x): what Normal descends."
+    return F.cross_entropy(network(images), labels)
+
+
 def adv_loss(network, images, perturbed, labels):
     "CE(x'): what Adv climbs and what it descends."
     return F.cross_entropy(network(perturbed), labels)
@@ -52,10 +57,10 @@ def int_term(network, images, perturbed, labels, gamma=0.01):
 
 def int_loss(network, images, perturbed, labels):
     "CE(x) and gamma times eq. 7: what Int descends."
-    return F.cross_entropy(network(images), labels) + int_term(network, images, perturbed, labels)
+    return clean_loss(network, images, perturbed, labels) + int_term(network, images, perturbed, labels)
 
 
-LOSSES = {"adv": (adv_loss, adv_loss), "int": (int_term, int_loss)}  # climbed, descended
+LOSSES = {"normal": (None, clean_loss), "adv": (adv_loss, adv_loss), "int": (int_term, int_loss), "int2": (adv_loss, int_loss)}  # climbed, descended
 
 
 def find_gradient(loss, network, perturbed, all_weights):
@@ -68,7 +73,9 @@ def find_gradient(loss, network, perturbed, all_weights):
 
 
 def find_perturbed(network, images, labels, method, *, eps, steps, step_size, start, all_weights=True):
-    "Projected sign ascent from given points."
+    "Projected sign ascent from given points; the images themselves where nothing is climbed."
+    if LOSSES[method][0] is None:
+        return images
     perturbed = start.clone()
     for _ in range(steps):
         perturbed = perturbed.detach().requires_grad_()

@@ -288,7 +288,7 @@ INTRODUCTION = """All contestants of a race take turns in one run, with the same
 
 - `robustint, compiled` is `pgd(..., compiled=True)`, `robustint, not compiled` is `pgd(...)` as it is by default; both fold the network first. `robustint, unfolded` does neither.
 - torchattacks, foolbox and ART attack the network as anybody would write it. On our own module and on its folded form torchattacks runs once more, so that one sees what is the network's part and what the loop's.
-- `int`, `adv` and `ig_norm` are our training steps; `compiled` means their inner steps. A `port` is the straightforward PyTorch form of the same step; with `image gradient` it leaves out the gradients of the weights, which the inner steps do not need."""
+- `int`, `adv` and `ig_norm` are our training steps; `compiled` means their inner steps. A `port` is the straightforward PyTorch form of the same step; with `image gradient` it leaves out the gradients of the weights, which the inner steps do not need. In the race on one core each method's step, compiled, stands beside its port."""
 GROWTH = """Time grows as size to the power of the exponent, taken from the first and the last size alone: 1 is cost in proportion, 0 is no growth. For the side of the image, 2 would be cost in proportion to the number of pixels; for networks, 0 would mean that two at once take no longer than one. An exponent below proportion comes probably from what is done once for an attack, which weighs less in a larger one, and from small batches and images that do not fill the machine.
 
 Nothing is compiled here. `networks`: each in a process of one thread, all at once. One size is changed at a time; the others stay at """

@@ -1,4 +1,4 @@
-"""One training step of Int, Adv and IG-Norm, and the same step by a straightforward port: the same weights, images and starts."""
+"""One training step of Int, Adv and IG-Norm, and the same step by a straightforward port: the same weights, images and starts. And the steps that Table 1 counts in hours of a core."""
 from functools import partial
 
 import port
@@ -12,9 +12,10 @@ from robustint.pgd import Linf
 from robustint.training import find_perturbed
 
 STEP = {"dataset": "mnist", "title": "One training step, MNIST Small", "split": "train", "images": 50, "inner_steps": 40, "step_size": 0.01, "eps": 0.3}
+CORE = STEP | {"title": "A training step on one core, MNIST Small", "threads": 1, "methods": ["normal", "adv", "int2", "int"]}
 SCALES = {
-    "smoke": SMOKE | {"cases": {"small": STEP | {"images": 4, "inner_steps": 2}}},
-    "short": {"repetitions": 15, "memory": None, "cases": {"small": STEP}},
+    "smoke": SMOKE | {"cases": {name: case | {"images": 4, "inner_steps": 2} for name, case in (("small", STEP), ("core", CORE))}},
+    "short": {"repetitions": 15, "memory": None, "cases": {"small": STEP, "core": CORE | {"repetitions": 7, "memory": 0}}},
 }
 SCALES["paper"] = SCALES["short"]  # 50 images and 40 inner steps are the paper's
 PAIRS = [("int, not compiled", "int, compiled"), *[(name, ours) for ours in ("int, compiled", "int, not compiled") for name in ("int port", "int port, image gradient", "ig_norm")],
@@ -66,6 +67,11 @@ def make(case):
     return contestants
 
 
+def make_core(case):
+    "Our step as long trainings take it, and the port's, by methods."
+    return {name: step for method in case["methods"] for name, step in ((method, prepare_ours(method, case)), (f"{method} port", prepare_port(method, case, True)))}
+
+
 def compare_with_port(name, case, dtype=torch.float32):
     "The same step by both: the share of equal perturbed pixels (to 1e-4), and the difference of the losses, relative."
     x, y, start, model = prepare(case)
@@ -88,9 +94,12 @@ def measure(settings):
     "One race of all contestants."
     races = []
     for case in cases(settings).values():
-        checks = lambda _: {f"{name} port": compare_with_port(name, case) for name in ("int", "adv")}
-        gflop = {f"{name}, compiled": count_step(name, case) for name in ("int", "adv")}
-        entry = hold(case["title"], make, case, pairs=lambda _: PAIRS, gflop=gflop, checks=checks, n=case["images"])
+        methods, alone = case.get("methods", ["int", "adv"]), "methods" in case
+        checks = lambda _: {f"{name} port": compare_with_port(name, case) for name in methods}
+        gflop = {} if alone else {f"{name}, compiled": count_step(name, case) for name in methods}
+        pairs = [(f"{name} port", name) for name in methods] if alone else PAIRS
+        torch.set_num_threads(case["threads"])
+        entry = hold(case["title"], make_core if alone else make, case, pairs=lambda _: pairs, gflop=gflop, checks=checks, n=case["images"])
         races.append(entry | {"network": "untrained", "images": load_images(**case)[2]})
     return {"races": races, "n": max(entry["n"] for entry in races)}
 

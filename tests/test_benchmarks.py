@@ -93,7 +93,7 @@ def test_arithmetic_of_small_by_hand():
 
 # --- the port ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["int", "adv"])
+@pytest.mark.parametrize("name", ["int", "adv", "int2", "normal"])
 def test_port_takes_our_step(name):
     "In double precision: the same perturbed images, loss and weights after a step."
     case = training.STEP | {"images": 6, "inner_steps": 5, "device": "cpu", "digits": True}
