@@ -209,9 +209,9 @@ def show_plan(
 ) -> int: # exit code
     "Print the papermill lines of what is still to be run."
     todo = remaining(jobs)
-    for old, new in (pair for job in jobs for pair in list_copies(job)): print(shlex.join(["install", "-D", old, new]))
+    for old, new in (pair for job in jobs for pair in list_copies(job)): print(f"mkdir -p {shlex.quote(str(Path(new).parent))} && {shlex.join(['cp', old, new])}")
     for job in todo * (not report_only) + [report]: print(papermill_line(job))
-    rest = "this line, run in the project's folder, makes the report of them" if report_only else "these lines, run in this order in the project's folder, do the rest"
+    rest = "what stands above, run in the project's folder, makes the report of them" if report_only else "these lines, run in this order in the project's folder, do the rest"
     print(f"# {len(jobs) - len(todo)} of {len(jobs)} runs are done; {rest}", file=sys.stderr)
     return 0
 

@@ -9,7 +9,7 @@ __all__ = ['PLACES', 'training_id', 'classifier_word', 'training_label', 'attack
 
 # %% ../nbs/80_jobs.ipynb #62fb750f
 import ast, difflib, json, re, shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -205,8 +205,10 @@ def list_copies(
     job:Job, # one that may have an origin
 ) -> list[tuple[str, str]]: # pairs of what is there and where it belongs, relative to the project
     "The files of a job that need only be copied; none where it is done, or nothing like it is."
-    if job.origin is None or is_done(job) or not is_done(job.origin): return []
-    return [pair for pair in zip(job.origin.outputs, job.outputs) if (project_root()/pair[0]).is_file()]
+    if job.origin is None or not is_done(replace(job.origin, inputs=job.inputs)): return [] # the inputs: its record must speak of the network that lies in the new place
+    root, done = project_root(), is_done(job)
+    pairs = [(old, new) for old, new in zip(job.origin.outputs, job.outputs) if (root/old).is_file() and not (done and (root/new).is_file())]
+    return pairs[::-1] # the record last: where it is, the rest is
 
 # %% ../nbs/80_jobs.ipynb #debe1060
 def remaining(

@@ -25,7 +25,7 @@ class Pair:
     def __init__(self, network, images, labels, perturbed=None, maps=False, clean=None, whole=None):
         self.network, self.images, self.labels, self.perturbed = network, images, labels, perturbed
         self.whole = len(images) if whole is None else whole # size of the batch, of which these may be one process's share
-        self.maps, self.clean, self.seen = maps, clean, None # whether maps are wanted; the clean side if it is known already; both sides
+        self.maps, self.clean, self.seen = maps, clean, None # whether maps are wanted; the clean side if it is known already, () if no term reads it; both sides
 
     def views(self, images):
         "Logits, and maps (without the 1/u) where they are wanted, in one pass."

@@ -112,10 +112,8 @@ def ascend(
     "Projected gradient ascent, the one loop behind every attack. Inputs are checked by the callers."
     project, velocity = ball.projection(images), 0.
     points = (images if start is None else start).detach().clone()
-    with torch.enable_grad(), contextlib.ExitStack() as settings:
-        if compiled: settings.enter_context(_compiling())
+    with torch.enable_grad(), _compiling() if compiled else contextlib.nullcontext():
         for k in range(steps):
-            if compiled and k == 4: settings.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=True))
             given = objective, ball, project, points.requires_grad_(), velocity, step_size, decay
             points, velocity = fused(*given) if compiled and k > 1 else _step(*given)
             if compiled and k == 1: fused = _fuse(given, velocity)

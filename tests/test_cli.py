@@ -124,7 +124,7 @@ def asked(project):
     (["reproduce", "icml2020_table1", "--weights", "relesed"], "did you mean released?"),
     (["reproduce", "quick", "-p", "epoch=3"], "did you mean epochs?"),
     (["reproduce", "quick", "-p", "epochs"], "NAME=VALUE"),
-    (["reproduce", "quick", "-p", "method=int3"], "did you mean int"),
+    (["reproduce", "quick", "-p", "method=int3"], "choose by --method"),
     (["reproduce", "quick", "-p", "eps=8"], "8/255"),
     (["reproduce", "quick", "-p", "epochs=["], "robustint: "),
     (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
@@ -169,7 +169,7 @@ def test_list_names_every_target(project, capsys):
 def test_a_changed_parameter_stays_apart(project, capsys):
     assert main([*SMOKE, "--dry-run", "-p", "epochs=1"]) == 0
     out = capsys.readouterr().out
-    assert "-p epochs 1" in out and "data/runs/changed/smoke-epochs_1/records" in out and "data/runs/smoke" not in out
+    assert "-p epochs 1" in out and "data/runs/changed/smoke-epochs_1-" in out and "data/runs/smoke" not in out
 
 
 def test_fetch_says_in_one_line_why_it_failed(tmp_path, monkeypatch, capsys, server):
@@ -237,6 +237,18 @@ def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
     code, out, err = run(*INT)
     assert code == 0 and "3 of 3 runs are done already" in err and "a table" in out and "to do" not in err
     assert asked(project) == before and times == {path: path.stat().st_mtime_ns for path in project.rglob("records/*.json")}
+
+
+def test_a_change_copies_what_it_does_not_touch_and_runs_the_rest(project):
+    assert run(*INT)[0] == 0
+    before, network = asked(project), next((project / "data/runs/smoke/networks").glob("*-small-*")).read_bytes()
+    code, _, err = run(*INT, "-p", "steps=1")
+    assert code == 0 and "1 of 3 runs are done already" in err
+    again = asked(project)[len(before):]
+    assert len(again) == 2 and not any("eps0.15-s0" == name[-10:] for name in again)
+    place = next((project / "data/runs/changed").glob("smoke-steps_1-*"))
+    assert next((place / "networks").iterdir()).read_bytes() == network and len(list((place / "records").iterdir())) == 3
+    assert (place / "figures/quick_report.md").is_file()
 
 
 def test_the_report_alone_runs_nothing_and_lists_what_it_found(project, capsys):

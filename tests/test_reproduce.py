@@ -120,6 +120,11 @@ def test_smoke_and_quick_write_nothing_that_git_keeps():
     (dict(weights=["release"]), "did you mean released?"),
     (dict(changes={"stepsize": 1}), "did you mean step_size?"),
     (dict(changes={"eps": 0.1}), "fits no run"),
+    (dict(changes={"steps": "abc"}), "fits no run"),
+    (dict(changes={"steps": "8/255"}), "fits no run"),
+    (dict(changes={"method": "int"}), "choose by --method"),
+    (dict(changes={"record_id": "x"}), "by papermill"),
+    (dict(target="icml2020_appendix_g", changes={"steps": 20}), "are the same run"),
     (dict(changes={"eps": [8]}), "write '8/255'"),
     (dict(scale="short", weights=["trained"], datasets=["cifar10"]), "no run at scale short")])
 def test_a_bad_name_is_refused_with_the_nearest_good_one(asked, told):
@@ -237,8 +242,8 @@ def test_what_a_change_does_not_touch_is_copied_and_not_run_again(empty_project)
     train, attack, look = jobs
     assert [job.name for job in jobs] == [job.name for job in plan("quick", methods=["int"])[0]]  # by these names the report finds them
     assert remaining(jobs) == [attack, look] and attack.parameters["steps"] == 5 and attack.parameters["scale"] == "changed"
-    assert report.parameters["changed"] == "-p steps=5" and report.parameters["records"] == str(Path(attack.outputs[0]).parent)
-    assert [new for _, new in list_copies(train)] == list(train.outputs) and not list_copies(attack)
+    assert report.parameters["changes"] == {"steps": 5} and report.parameters["records"] == str(Path(attack.outputs[0]).parent)
+    assert [new for _, new in list_copies(train)] == list(train.outputs)[::-1] and not list_copies(attack)
     for old, new in list_copies(train):
         (empty_project / new).parent.mkdir(parents=True, exist_ok=True)
         (empty_project / new).write_bytes((empty_project / old).read_bytes())
@@ -247,10 +252,30 @@ def test_what_a_change_does_not_touch_is_copied_and_not_run_again(empty_project)
     assert remaining(jobs) == jobs and "steps_5" not in train.outputs[0]  # another change, another place
 
 
+def test_a_copy_does_not_stand_beside_a_network_it_does_not_speak_of(empty_project):
+    for job in plan("quick", methods=["int"])[0]:
+        pretend(job, empty_project)
+    train, attack, look = jobs = plan("quick", methods=["int"], changes={"device": "cpu"})[0]  # touches nothing
+    assert not remaining(jobs) and list_copies(attack)
+    (empty_project / train.outputs[1]).parent.mkdir(parents=True)
+    (empty_project / train.outputs[1]).write_bytes(b"another network")
+    assert attack in remaining(jobs) and not list_copies(attack)
+
+
+@pytest.mark.parametrize("one, other", [({"eps": [0.1]}, {"eps": 0.1}), ({"gamma": -1}, {"gamma": 1}), ({"steps": 1}, {"steps": "1"})])
+def test_changes_that_read_alike_lie_apart(one, other):
+    assert places("paper", one)["runs"] != places("paper", other)["runs"]
+
+
+def test_a_run_that_is_changed_to_what_it_was_is_the_same_run():
+    train, *_ = plan("quick", methods=["int"], changes={"compiled": False, "steps": 7})[0]
+    assert train.origin == plan("quick", methods=["int"])[0][0]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_report_knows_that_its_runs_were_changed(target):
     report = plan(target, changes={"device": "cpu"})[1]
-    assert report.parameters["changed"] == "-p device=cpu" and report.parameters["figures"].startswith("data/runs/changed/")
+    assert report.parameters["changes"] == {"device": "cpu"} and report.parameters["figures"].startswith("data/runs/changed/")
 
 
 def test_a_new_network_asks_for_new_attacks(empty_project):

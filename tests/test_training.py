@@ -559,3 +559,15 @@ def test_a_run_that_ends_before_its_attack_begins_says_so(digits, recwarn):
     train(fresh(), *given, make_method("normal"), **short)
     train(fresh(), *given, make_method("trades"), **SETTINGS)
     assert not [warning for warning in recwarn if "attack begins" in str(warning.message)] and given[0].grad is None
+
+
+@pytest.mark.parametrize("name, sides", [("adv", 1), ("ig_norm_sum", 1), ("trades", 2), ("int2", 2), ("normal", 1)])
+def test_the_outer_loss_passes_the_clean_side_only_where_a_term_reads_it(name, sides):
+    images, labels = torch.rand(3, 1, 12, 12, generator=make_generator(0)), torch.tensor([0, 1, 2])
+    network, seen = make_model("small", channels=1, generator=make_generator(1)), []
+    plain, maps = network.forward, network.logits_and_cams
+    network.forward = lambda x: (seen.append(len(x)), plain(x))[1]
+    network.logits_and_cams = lambda x: (seen.append(len(x)), maps(x))[1]
+    perturbed = images if name == "normal" else images.flip(3)
+    make_method(name).loss(network, images, perturbed, labels)
+    assert seen[-1] == (5 * 3 if name == "ig_norm_sum" else sides * 3) and seen[0] == sides * 3
