@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import parse_fraction
+from .checks import check_whole, parse_fraction
 from .core import make_generator, widen
 from .pgd import label_objective
-from .training import check_rates, check_whole, train
+from .training import check_rates, train
 
 # %% ../nbs/42_atta.ipynb #e8c71186
 def draw_views(

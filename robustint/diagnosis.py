@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels
+from .checks import check_eps, check_images, check_labels, check_whole
 from .evaluation import matched_interval, seed_interval, wilson_interval
 from .interpretgan import explain_layers
 from .isa import mean_interval
 from .models import evaluation_mode
 from .plots import as_array, new_figure, add_caption
-from .training import check_whole
 
 # %% ../nbs/62_diagnosis.ipynb #8fd19206
 def paired_interval(

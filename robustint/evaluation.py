@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_images, check_labels, check_logits
+from .checks import check_images, check_labels, check_logits, check_range, check_whole
 from .core import track
 from .models import evaluation_mode, fold
 from .pgd import check_attack, label_objective, pgd
@@ -38,6 +38,7 @@ def correct(
     label:str="evaluate", # name on the progress bar
 ) -> torch.Tensor: # (N,) bool
     "Whether each image, attacked or not, is still classified as its label. ValueError for bad input."
+    check_whole(1, batch_size=batch_size)
     check_images(images, channels=getattr(model, "image_channels", None))
     network, right = fold(model, frozen=True), []
     with evaluation_mode(network), torch.no_grad():
@@ -103,6 +104,8 @@ def seed_interval(
     "Mean over seeds with Student's interval; two seeds or more."
     from scipy.stats import t
     values = torch.as_tensor(values, dtype=torch.float64)
+    check_range("(0, 1)", level=level)
+    check_range("[0, 1]", **{f"values[{k}]": value for k, value in enumerate(values.tolist())})
     if len(values) < 2: raise ValueError("an interval over seeds needs two seeds or more: use wilson_interval for one network")
     half = float(t.ppf((1 + level) / 2, len(values) - 1) * values.std() / len(values) ** 0.5)
     mean = values.mean().item()

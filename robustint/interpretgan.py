@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_images
+from .checks import check_images, check_range, check_whole
 from .classifiers import layers as chain_layers
 from .core import make_generator
 from .models import evaluation_mode
 from .progan import check_rules, check_widths, Critic, Equalised, Gan, Generator, grow, measure_variety
-from .training import check_range, check_whole, digest_tensors
+from .training import digest_tensors
 from .zoo import load_tensors, save_tensors
 
 # %% ../nbs/61_interpretgan.ipynb #d5a32ddf

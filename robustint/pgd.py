@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels, check_logits, check_steps, parse_fraction
+from .checks import check_eps, check_images, check_labels, check_logits, check_range, check_steps, check_switch, parse_fraction
 from .core import widen
 from .models import evaluation_mode, fold
 
@@ -175,6 +175,8 @@ def pgd(
     network = fold(model, frozen=True)
     with evaluation_mode(network):
         eps = check_attack(network, images, labels, eps, steps, norm)
+        check_range("[0, inf)", decay=decay), check_range("(0, inf)", loss_scale=loss_scale)
+        check_switch(random_start=random_start, targeted=targeted, compiled=compiled)
         if eps == 0: return images.detach().clone()
         ball = BALLS[str(norm)](eps)
         start = ball.random_start(images, generator) if random_start else None

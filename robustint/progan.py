@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_images
+from .checks import check_images, check_range, check_whole
 from .core import make_generator, track
-from .training import check_range, check_whole, digest_tensors, fingerprint, list_broken
+from .training import digest_tensors, fingerprint, list_broken
 from .zoo import load_tensors, save_tensors
 
 # %% ../nbs/60_progan.ipynb #9e33db30

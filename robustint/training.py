@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ramp', 'piecewise', 'RandomStarts', 'find_perturbed', 'borrowed_chance', 'fingerprint', 'digest_tensors',
-           'list_broken', 'Run', 'Team', 'join_team', 'check_whole', 'check_range', 'check_rates', 'train']
+           'list_broken', 'Run', 'Team', 'join_team', 'check_rates', 'train']
 
 # %% ../nbs/41_training.ipynb #8b97f1a3
 import contextlib
@@ -16,13 +16,12 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checks import check_eps, check_images, check_labels, check_logits, check_steps
+from .checks import check_eps, check_images, check_labels, check_logits, check_range, check_steps, check_switch, check_whole
 from .core import PRECISIONS, lower_precision, make_generator, track
 from .models import evaluation_mode, fold
 from .pgd import Linf, ascend
@@ -260,26 +259,6 @@ def _go_on(run, labels, method, settings, known, *, epochs, state, save_every, e
     team.wait() # until the last state is written
     return run.log
 
-# %% ../nbs/41_training.ipynb #93a5e618
-def check_whole(
-    least:int, # the smallest value allowed
-    **values, # by name
-) -> None:
-    "Check settings that count something. Raises ValueError that names the first bad one."
-    for name, value in values.items():
-        if not isinstance(value, Integral) or value < least: raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-
-# %% ../nbs/41_training.ipynb #28fa464d
-def check_range(
-    interval:str, # for example "[0, 1)"
-    **values, # by name
-) -> None:
-    "Check settings that measure something. Raises ValueError that names the first outside its range."
-    low, high = map(float, interval[1:-1].split(","))
-    for name, value in values.items():
-        inside = isinstance(value, Real) and low <= value <= high and not (interval[0] == "(" and value == low or interval[-1] == ")" and value == high)
-        if not inside: raise ValueError(f"{name} must be a number in {interval}; got {value!r}")
-
 # %% ../nbs/41_training.ipynb #2bbe3e9f
 def check_rates(
     learning_rate:list, # pairs [from step, rate]
@@ -293,8 +272,10 @@ def check_rates(
     if not good: raise ValueError(f"learning_rate must be pairs [from {unit}, rate > 0], in order, that begin at {unit} 0, such as [[0, 1e-4]]; got {learning_rate}")
 
 # %% ../nbs/41_training.ipynb #6be5320e
-def _check_plan(model, method, learning_rate, eps_ramp, optimiser):
+def _check_plan(model, method, learning_rate, eps_ramp, optimiser, evaluate, save_every):
     "The checks of what `train` calls or unpacks. TypeError, ValueError with the remedy."
+    if evaluate is not None and not callable(evaluate): raise TypeError(f"evaluate must be a function of the model that returns a dict of numbers, or None; got {evaluate!r}")
+    if save_every is not None: check_range("[0, inf)", save_every=save_every)
     if not callable(getattr(method, "loss", None)): raise TypeError(f"method must be an object such as make_method('adv'); got {method!r}")
     if hasattr(method, "compares_maps") and method.compares_maps(method.inner + method.outer) and not hasattr(method.explained(fold(model)), "logits_and_cams"):
         raise ValueError(f"{method.title} compares class activation maps, which {type(model).__name__} has not: derive from models.GapNetwork, or train by make_method('int_ig')")
@@ -308,7 +289,8 @@ def _check_plan(model, method, learning_rate, eps_ramp, optimiser):
 def _check_training(model, images, labels, method, epochs, settings):
     "The checks of `train` on entry; returns the settings with eps and the step size as numbers. ValueError with the remedy."
     check_images(images, channels=getattr(model, "image_channels", None))
-    check_whole(0, epochs=epochs, inner_steps=settings["inner_steps"])
+    check_whole(0, epochs=epochs, inner_steps=settings["inner_steps"], seed=settings["seed"])
+    check_switch(drop_last=settings["drop_last"], compiled=settings["compiled"])
     check_whole(1, batch_size=settings["batch_size"])
     if settings["precision"] not in PRECISIONS: raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {settings['precision']!r}")
     if settings["drop_last"] and settings["batch_size"] > len(images):
@@ -370,7 +352,7 @@ def train(
     accelerator=None, # an accelerate.Accelerator, where several processes train one network; None: this one alone
 ) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, seconds, what the source says and what evaluate returned
     "Train a network by a method of Table 1. Resumes exactly: on a CPU a killed and resumed run ends with the same bits."
-    _check_plan(model, method, learning_rate, eps_ramp, optimiser)
+    _check_plan(model, method, learning_rate, eps_ramp, optimiser, evaluate, save_every)
     settings = dict(batch_size=batch_size, learning_rate=[list(pair) for pair in learning_rate], eps=eps, eps_ramp=list(eps_ramp), inner_steps=inner_steps,
                     inner_step_size=inner_step_size, seed=seed, drop_last=drop_last, precision=precision, compiled=compiled)
     settings, device = _check_training(model, images, labels, method, epochs, settings), next(model.parameters()).device

@@ -45,6 +45,9 @@ def test_the_interval_over_seeds_is_students():
     mean, low, high = seed_interval([0.2, 0.4, 0.6])
     assert mean == pytest.approx(0.4) and high - mean == pytest.approx(mean - low, abs=1e-9) or low == 0
     assert seed_interval([0.5, 0.5])[1:] == (0.5, 0.5)
+    for values, level in (([55., 60.], 0.95), ([0.5, 0.6], 95)):
+        with pytest.raises(ValueError, match="must be a number in"):
+            seed_interval(values, level=level)
     with pytest.raises(ValueError, match="two seeds"):
         seed_interval([0.5])
 
@@ -71,6 +74,9 @@ def test_bad_input(change, message, model, digits):
     good = dict(model=model, images=digits.images, labels=digits.labels)
     for name, value in change.items():
         good[name] = value(good[name])
+    for batch_size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="batch_size must be a whole number"):
+            accuracy(model, digits.images, digits.labels, batch_size=batch_size)
     with pytest.raises(ValueError) as error:
         accuracy(**good)
     assert message in str(error.value) and "\n" not in str(error.value)

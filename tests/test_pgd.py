@@ -155,6 +155,10 @@ BAD = [
     (dict(eps="eight"), "eps"),
     (dict(steps=-1), "steps"),
     (dict(norm="l1"), "norm"),
+    (dict(decay=float("nan")), "decay"),  # each of these moved no image, and said nothing
+    (dict(loss_scale=0), "loss_scale"),
+    (dict(loss_scale=-1), "loss_scale"),
+    (dict(targeted="no"), "True or False"),
     (dict(model=lambda m: nn.Sequential(m, nn.Softmax(1))), "softmax"),
 ]
 

@@ -17,13 +17,14 @@ from networks import Hard
 from robustint import pgd as pgd_module
 from robustint import training
 from robustint.attributions import integrated_gradients
+from robustint.checks import check_range
 from robustint.core import make_generator
 from robustint.data import load_dataset
 from robustint.discrepancy import soft_discrepancy
 from robustint.interpreters import cams
 from robustint.models import Small, fold, make_model
 from robustint.objectives import METHODS, Pair, attribution_norm, make_method
-from robustint.training import RandomStarts, Team, borrowed_chance, check_range, digest_tensors, find_perturbed, list_broken, piecewise, ramp, train
+from robustint.training import RandomStarts, Team, borrowed_chance, digest_tensors, find_perturbed, list_broken, piecewise, ramp, train
 from robustint.zoo import load_tensors, save_tensors
 
 SETTINGS = dict(epochs=2, batch_size=20, learning_rate=[[0, 1e-3]], eps=0.1, eps_ramp=(3, 8), inner_steps=2, inner_step_size=0.05)
@@ -409,11 +410,12 @@ def test_ranges_of_settings(interval, good, bad):
 BAD = [
     (dict(images=lambda x: x * 255), "divide by 255"), (dict(labels=lambda y: y + 10), "below 10"), (dict(labels=lambda y: y.double()), "whole numbers"),
     (dict(images=lambda x: x.expand(-1, 3, -1, -1)), "3 channels"), (dict(batch_size=500), "batch_size"), (dict(eps="8"), "8/255"),
-    (dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs must be a whole number"), (dict(inner_steps=-1), "inner_steps"), (dict(batch_size=0), "batch_size must be a whole number"), (dict(learning_rate=[[0, -1.0]]), "learning_rate"), (dict(learning_rate=[]), "learning_rate"), (dict(seed=-1), "seed"),
+    (dict(epochs=-1), "epochs"), (dict(epochs=1.5), "epochs must be a whole number"), (dict(inner_steps=-1), "inner_steps"), (dict(batch_size=0), "batch_size must be a whole number"), (dict(learning_rate=[[0, -1.0]]), "learning_rate"), (dict(learning_rate=[]), "learning_rate"),
+    (dict(compiled="no"), "compiled must be True or False"), (dict(save_every="x"), "save_every must be"), (dict(seed=1.5), "seed must be a whole number"), (dict(seed=-1), "seed must"),
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD[:-1]] + ["seed"])
+@pytest.mark.parametrize("change, message", BAD, ids=[f"{m}{i}" for i, (_, m) in enumerate(BAD)])
 def test_bad_input_is_refused_before_the_first_step(change, message, digits):
     good = dict(images=digits.images, labels=digits.labels, **SETTINGS)
     for name, value in change.items():
@@ -423,6 +425,11 @@ def test_bad_input_is_refused_before_the_first_step(change, message, digits):
         train(model, good.pop("images"), good.pop("labels"), make_method("normal"), **good)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh().parameters()))
+
+
+def test_what_cannot_evaluate_is_refused_before_the_first_epoch(digits):
+    with pytest.raises(TypeError, match="evaluate must be a function"):
+        train(fresh(), digits.images, digits.labels, make_method("normal"), **SETTINGS | {"evaluate": 3})
 
 
 PROGRAM = """
