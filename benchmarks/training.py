@@ -101,6 +101,7 @@ def measure(settings):
         torch.set_num_threads(case["threads"])
         entry = hold(case["title"], make_core if alone else make, case, pairs=lambda _: pairs, gflop=gflop, checks=checks, n=case["images"])
         races.append(entry | {"network": "untrained", "images": load_images(**case)[2]})
+    torch.set_num_threads(settings["threads"]) # as it was, for whoever comes next
     return {"races": races, "n": max(entry["n"] for entry in races)}
 
 
