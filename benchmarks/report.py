@@ -31,8 +31,10 @@ def compare_again(script, record):
     "A record with today's names of the contestants and today's pairs, out of its single times."
     if script not in PAIRS:
         return record
-    races = [rename(entry, OLD_NAMES[script]) for entry in record["metrics"]["races"]]
+    races = [entry if "methods" in entry["case"] else rename(entry, OLD_NAMES[script]) for entry in record["metrics"]["races"]]
     for entry in races:
+        if "methods" in entry["case"]:  # the race on one core: its pairs are its methods'
+            continue
         there = entry["seconds"]
         entry["ratios"] = [compare(there, *pair) for pair in PAIRS[script](list(dict.fromkeys(ratio["name"] for ratio in entry["ratios"]))) if there.keys() >= set(pair)]
     return record | {"metrics": record["metrics"] | {"races": races}}
