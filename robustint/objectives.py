@@ -125,8 +125,7 @@ class Method:
             values.append(weight * term(pair))
         return sum(values)
 
-    @property
-    def needs_whole(self): return attribution_norm in self.inner + self.outer # its loss is averaged over the whole batch, not over a share
+    needs_whole = property(lambda self: attribution_norm in self.inner + self.outer) # its loss is averaged over the whole batch, not over a share
     def compares_maps(self, terms): return any(term in (two_class_term, one_class_term) for term in terms)
     def ignores_clean(self, terms): return all(term in (adversarial_loss, attribution_norm) for term in terms) # so that the clean side need not be computed
 
