@@ -17,17 +17,18 @@ def _attacks(
     network:dict, # architecture, method, weights, and for trained ones train_id and seed
     where:dict, # from places
 ) -> list[Job]:
-    "The attacks on one network: one job, or one for each eps."
+    "The attacks on one network: one job, or one for each eps; and where asked for the same from a random start."
     settings = table["datasets"][dataset]
     attack = table["attack"] | table["scales"][scale]
     if "batch_size" in settings: attack = attack | {"batch_size": settings["batch_size"]}
     sample = settings.get("sample", {}) if scale == "short" else {}
     groups = [{"eps": [eps]} for eps in settings["eps"]] if settings["one_run_per_eps"] else [{"eps": settings["eps"]}]
     if sample: groups = [sample | {"eps": settings["eps"]}, sample | settings["sample_clean"]]
+    if settings.get("starts") and scale == "paper": groups += [group | {"random_start": True} for group in groups]
     jobs = []
     for group in groups:
         parameters = {"dataset": dataset, **network, **attack, **group, "scale": scale}
-        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group["eps"], training_label(network.get("train_id")))
+        name = attack_id(dataset, network["architecture"], network["method"], network["weights"], network.get("seed", 0), parameters["steps"], group["eps"], training_label(network.get("train_id"))) + "-start" * group.get("random_start", False)
         jobs.append(make_job(name, "run_pgd", parameters | {"record_id": name}, where, network.get("train_id")))
     return jobs
 

@@ -37,7 +37,7 @@ def all_jobs(target, scale):
 def test_table1_plans_every_printed_cell_and_no_other():
     with (ROOT / "data/papers/icml2020_table1.csv").open() as file:
         printed = {(row["dataset"], row["model"], row["method"], round(parse_fraction(row["epsilon"]), 6)) for row in csv.DictReader(file)}
-    jobs, _ = plan("icml2020_table1")
+    jobs = [job for job in plan("icml2020_table1")[0] if not job.parameters["random_start"]]
     planned = [(DATASETS[p["dataset"]], MODELS[p["architecture"]], METHODS[p["method"]].title, round(parse_fraction(eps), 6))
                for p in (job.parameters for job in jobs) for eps in p["eps"]]
     assert len(planned) == len(set(planned)) and set(planned) == printed
@@ -46,7 +46,16 @@ def test_table1_plans_every_printed_cell_and_no_other():
 def test_table1_is_evaluated_as_the_protocol_says():
     for job in plan("icml2020_table1")[0]:
         settings = job.parameters
-        assert (settings["steps"], settings["step_size"], settings["random_start"], settings["images"]) == (200, 0.01, False, 200), job.name
+        assert (settings["steps"], settings["step_size"], settings["images"]) == (200, 0.01, 200), job.name
+        assert settings["random_start"] == job.name.endswith("-start"), job.name
+
+
+def test_the_attack_from_a_random_start_is_the_same_attack():
+    jobs = {job.name: job.parameters for job in plan("icml2020_table1", datasets=["mnist"])[0]}
+    starts = [name for name in jobs if name.endswith("-start")]
+    assert len(starts) == 10
+    for name in starts:
+        assert jobs[name] == jobs[name.removesuffix("-start")] | {"random_start": True, "record_id": name}
 
 
 @pytest.mark.parametrize("dataset, expected", [
@@ -143,7 +152,7 @@ def test_a_seed_chooses_its_trainings_and_what_reads_them():
 
 def test_released_networks_stay_whatever_the_seed():
     jobs, _ = plan("icml2020_table1", weights=["released", "trained"], datasets=["mnist"], seeds=[1])
-    assert len([job for job in jobs if job.parameters.get("weights") == "released"]) == 10
+    assert len([job for job in jobs if job.parameters.get("weights") == "released"]) == 20  # each from the image and from a random start
     assert {job.parameters["seed"] for job in jobs if job.parameters.get("weights") != "released"} == {1}
 
 
