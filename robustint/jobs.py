@@ -16,7 +16,7 @@ from pathlib import Path
 # %% ../nbs/80_jobs.ipynb #00a975a9
 import yaml
 import robustint
-from .checks import check_eps
+from .checks import check_eps, check_whole
 from .core import project_root, read_record, sha256
 
 # %% ../nbs/80_jobs.ipynb #e316353b
@@ -151,6 +151,7 @@ def check_parameters(
         if name not in known: raise ValueError(f"{notebook} has no parameter {name!r}: {nearest(name, known)}")
         choices = known_values().get(name)
         if choices and value not in choices: raise ValueError(f"no {name} is called {value!r}: {nearest(value, choices)}")
+        if name in ("steps", "inner_steps", "epochs", "images", "batch_size") and isinstance(value, (int, float)): check_whole(0, **{name: value})
         if name == "eps":
             for eps in value if isinstance(value, list) else [value]: check_eps(eps)
 

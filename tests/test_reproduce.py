@@ -131,6 +131,8 @@ def test_smoke_and_quick_write_nothing_that_git_keeps():
     (dict(changes={"eps": 0.1}), "fits no run"),
     (dict(changes={"steps": "abc"}), "fits no run"),
     (dict(changes={"steps": "8/255"}), "fits no run"),
+    (dict(changes={"steps": -5}), "steps must be a whole number"),
+    (dict(changes={"steps": 2.5}), "steps must be a whole number"),
     (dict(changes={"method": "int"}), "choose by --method"),
     (dict(changes={"record_id": "x"}), "by papermill"),
     (dict(target="icml2020_appendix_g", changes={"steps": 20}), "are the same run"),
