@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LIKE', 'KIN', 'START_SECONDS', 'count_flops', 'count_step', 'count_steps', 'count_gradients', 'count_work',
-           'compare_methods', 'Witness', 'weigh_record', 'split_epochs', 'Experience', 'learn', 'order_kinds', 'Cost',
-           'unit_time', 'predict_cost', 'simulate', 'makespan', 'longest_chain', 'show_time', 'price', 'weigh_guesses',
-           'describe_plan', 'forecast']
+           'compare_methods', 'Witness', 'core_seconds', 'weigh_record', 'split_epochs', 'Experience', 'learn',
+           'order_kinds', 'Cost', 'unit_time', 'predict_cost', 'simulate', 'makespan', 'longest_chain', 'show_time',
+           'price', 'weigh_guesses', 'describe_plan', 'forecast']
 
 # %% ../nbs/88_costs.ipynb #5907876b
 import contextlib
@@ -114,13 +114,21 @@ class Witness:
     seconds:float # that it took
     work:float # that it had to do
 
+# %% ../nbs/88_costs.ipynb #7067934d
+def core_seconds(
+    record:dict, # of a run; `run_train` logs how many threads worked at each epoch
+) -> float: # seconds of one processor core, or of another device
+    "What a run took of one core."
+    log = record["metrics"].get("log", []) if record["device"] == "cpu" and record["notebook"] == "run_train" else []
+    return record["seconds"] + sum(epoch["seconds"] * (epoch.get("threads", 1) - 1) for epoch in log)
+
 # %% ../nbs/88_costs.ipynb #72fbb26b
 def weigh_record(
     record:dict, # of a run
     ratios:dict, # from compare_methods
 ) -> Witness|None: # None: it cannot be read
     "What a record tells."
-    try: return Witness(record["id"], record["notebook"], record["parameters"], record["seconds"], count_work(record["notebook"], record["parameters"], ratios))
+    try: return Witness(record["id"], record["notebook"], record["parameters"], core_seconds(record), count_work(record["notebook"], record["parameters"], ratios))
     except (FileNotFoundError, KeyError, TypeError, ValueError): return None
 
 # %% ../nbs/88_costs.ipynb #dac154a0

@@ -200,17 +200,18 @@ def list_costs(
     ports:dict, # method -> seconds that a step of its port takes; methods without one are left open
 ) -> list[list[str]]: # rows of text, the first one is the head
     "What networks trained here cost, a line for each method and kind of training; means over the seeds."
-    groups, lines = {}, [["weights", "method", "networks", "epochs", "hours each", "an epoch (s)", "an epoch by a port (s)", "machine"]]
+    groups, lines = {}, [["weights", "method", "networks", "epochs", "core hours each", "an epoch (core s)", "an epoch by a port (core s)", "machine"]]
     for record in trainings:
         made = record["parameters"]
         weights = "-".join(word for word in ("trained", training_label(record["id"])) if word)
         groups.setdefault((f"{DATASETS[made['dataset']]}, {MODELS[made['architecture']]}, {weights}", made["method"]), []).append(record)
     for (weights, method), records in groups.items():
         logs, more = [record["metrics"]["log"] for record in records], " more" if records[0]["parameters"].get("start_from") else ""
-        hours = sum(entry["seconds"] for log in logs for entry in log) / len(logs) / 3600
-        epoch = pandas.Series([entry["seconds"] for log in logs for entry in log if entry["eps"] == log[-1]["eps"]]).median()
+        taken = pandas.DataFrame([entry | {"cores": entry.get("threads", 1) if record["device"] == "cpu" else 1} for record in records for entry in record["metrics"]["log"]])
+        busy = taken.seconds * taken.cores
+        hours, epoch = busy.sum() / len(logs) / 3600, busy[taken.eps == logs[0][-1]["eps"]].median()
         port = f"{ports[method] * logs[0][0]['step']:.0f}" if method in ports else "–"
-        machines = " or ".join(dict.fromkeys(record["machine"] for record in records))
+        machines = " or ".join(dict.fromkeys(record["machine"].partition(",")[0] for record in records))
         lines.append([weights, METHODS[method].title, str(len(logs)), f"{len(logs[0])}{more}", f"{hours:.2f}", f"{epoch:.0f}", port, machines])
     return lines
 

@@ -223,11 +223,11 @@ def _check_run(run):
     if broken: raise FloatingPointError(f"{broken[0]} became NaN or infinite by step {run.step}: lower the learning rate or the weight of the method's term; the last saved state is intact")
 
 # %% ../nbs/41_training.ipynb #4290c4c9
-def _finish_epoch(run, epoch, radius, rate, batches, evaluate):
+def _finish_epoch(run, epoch, radius, rate, batches, evaluate, team):
     "Add the epoch to the log, its sums divided by the number of full batches, and clear them."
     seconds = run.sums.pop("seconds")
     entry = {"epoch": epoch + 1, "step": run.step, "eps": radius, "learning_rate": rate}
-    entry |= {name: value / batches for name, value in run.sums.items()} | {"seconds": round(seconds, 3)}
+    entry |= {name: value / batches for name, value in run.sums.items()} | {"seconds": round(seconds, 3), "threads": torch.get_num_threads() * team.size}
     if evaluate is not None:
         with evaluation_mode(run.model): entry |= evaluate(run.model)
     run.log.append(entry)
@@ -253,7 +253,7 @@ def _go_on(run, labels, method, settings, known, *, epochs, state, save_every, e
         last = place == per_epoch - 1
         if not last and (save_every is None or time.monotonic() - saved <= save_every): continue
         _check_run(run)
-        if last: _finish_epoch(run, epoch, radius, rate, seen, evaluate)
+        if last: _finish_epoch(run, epoch, radius, rate, seen, evaluate, team)
         if team.rank == 0 and state is not None: run.save(state, known)
         saved = time.monotonic()
     team.wait() # until the last state is written
@@ -350,7 +350,7 @@ def train(
     precision:str="float32", # of convolutions and products: float32 or bfloat16
     compiled:bool=False, # whether the inner steps run as one compiled piece: for long runs, see `ascend`
     accelerator=None, # an accelerate.Accelerator, where several processes train one network; None: this one alone
-) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, seconds, what the source says and what evaluate returned
+) -> list: # the log, one dict an epoch: epoch, step, eps, learning_rate, loss, seconds, threads, what the source says and what evaluate returned
     "Train a network by a method of Table 1. Resumes exactly: on a CPU a killed and resumed run ends with the same bits."
     _check_plan(model, method, learning_rate, eps_ramp, optimiser, evaluate, save_every)
     settings = dict(batch_size=batch_size, learning_rate=[list(pair) for pair in learning_rate], eps=eps, eps_ramp=list(eps_ramp), inner_steps=inner_steps,

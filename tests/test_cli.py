@@ -129,6 +129,7 @@ def asked(project):
     (["reproduce", "quick", "-p", "epochs=["], "robustint: "),
     (["reproduce", "quick", "-j", "0"], "-j must be 1 or more"),
     (["reproduce", "quick", "--per-gpu", "0"], "--per-gpu must be 1 or more"),
+    (["reproduce", "quick", "--threads", "0"], "--threads must be 1 or more"),
     (["reproduce", "quick", "--profile", "profiles/none"], "profiles/laptop"),
     (["reproduce", "quick", "--seed", "7"], "no run has seed 7: planned are 0"),
     (["reproduce", "icml2020_table1", "--seed", "0"], "--weights trained"),

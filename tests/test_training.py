@@ -269,7 +269,7 @@ def test_the_loop_asks_its_source_and_keeps_what_it_holds(digits, tmp_path):
     log = train(fresh(), digits.images, digits.labels, make_method("adv"), source=Remembering, state=state, **settings)
     assert asked == [("begin", 0), "take", "keep", "take", "keep", ("begin", 1), "take", ("start", 0.1), "keep", "take", ("start", 0.1), "keep"]
     means = load_tensors(state)[0]["source.means"]
-    assert log[-1]["brightness"] == pytest.approx(means.mean().item(), rel=1e-5) and set(log[0]) == {"epoch", "step", "eps", "learning_rate", "loss", "brightness", "seconds"}
+    assert log[-1]["brightness"] == pytest.approx(means.mean().item(), rel=1e-5) and set(log[0]) == {"epoch", "step", "eps", "learning_rate", "loss", "brightness", "seconds", "threads"}
     with pytest.raises(ValueError, match="other settings"):
         train(fresh(), digits.images, digits.labels, make_method("adv"), state=state, **settings)
 
