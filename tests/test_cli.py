@@ -43,8 +43,8 @@ if method == os.environ.get("BROKEN"): raise ArithmeticError(f"{method} is broke
 WRITE = '''
 names = ("dataset", "architecture", "method", "eps", "seed", "scale", "steps", "images", "epochs")
 made = {name: globals()[name] for name in names if name in globals()}
-import hashlib
-metrics = {"value": len(record_id)}
+import hashlib, os
+metrics = {"value": len(record_id), "threads": os.environ["OMP_NUM_THREADS"]}
 if KIND == "run_train":
     file = Path(networks) / f"{record_id}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +223,12 @@ def test_what_was_made_from_a_network_trained_anew_is_made_again_in_the_same_com
 
 
 # --- running -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, threads", [([], "1"), (["--threads", "2"], "2")])
+def test_a_run_has_one_thread_or_as_many_as_asked(words, threads, project):
+    code, _, err = run("reproduce", "quick", "--scale", "smoke", "-j", "1", "--method", "normal", *words, OMP_NUM_THREADS="7")
+    assert code == 0 and {made["metrics"]["threads"] for made in records(project).values()} == {threads}, err
+
 
 def test_a_run_ends_with_0_and_the_next_one_skips_what_is_done(project):
     code, out, err = run(*INT)
