@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['correct', 'accuracy', 'robust_accuracy', 'wilson_interval', 'seed_interval', 'pack_hits', 'unpack_hits',
-           'matched_interval', 'masking_warnings']
+           'matched_interval', 'masking_warnings', 'pixel_thresholds']
 
 # %% ../nbs/50_evaluation.ipynb #3c6c01f0
 from collections.abc import Callable
@@ -165,3 +165,19 @@ def masking_warnings(
     left = robust_accuracy(model, images, labels, eps=0.5, steps=steps, step_size=0.025)
     if left > chance: found.append(f"at eps 0.5, where any image can be made grey, {left:.0%} are still right: the attack is too weak")
     return found
+
+# %% ../nbs/50_evaluation.ipynb #278c862a
+def pixel_thresholds(
+    layer:nn.Conv2d, # the first convolution of a network
+    *,
+    share:float=0.9, # of a filter's weight that a single pixel must have
+    strength:float=0.1, # of the strongest filter's weight that a filter must have to count
+) -> dict: # for each filter, (O,): strength (l1), share, threshold (pixel value), and single: whether it waits for one pixel to be bright
+    "Which filters of a layer wait for one pixel, and the value at which they open. TypeError for a layer without kernels or bias."
+    if not isinstance(layer, nn.Conv2d) or layer.bias is None: raise TypeError(f"layer must be a convolution with bias, such as model.convolutions[0]; got {type(layer).__name__}")
+    check_range("(0, 1]", share=share), check_range("[0, 1]", strength=strength)
+    weights, least = layer.weight.detach().flatten(1), strength
+    total, place = weights.abs().sum(1), weights.abs().argmax(1, keepdim=True)
+    largest = weights.gather(1, place)[:, 0]
+    single = (largest >= share * total) & (total >= least * total.max()) & (largest > 0)
+    return {"strength": total, "share": largest.abs() / total, "threshold": -layer.bias.detach() / largest, "single": single}

@@ -124,7 +124,8 @@ def _networks(
     if weights != "trained": return [({"weights": weights}, None)]
     if "training" in block:
         chosen, network = block["training"], {"dataset": block["dataset"], "architecture": block["architecture"], "method": method}
-        trainings = [_training(read_params("icml2020"), network | {"seed": seed}, chosen, "short", places("short")) for seed in chosen["seeds"]]
+        scale = "paper" if chosen["schedule"] == "paper" else "short"
+        trainings = [_training(read_params("icml2020"), network | {"seed": seed}, chosen, scale, places(scale)) for seed in chosen["seeds"]]
     else:
         planned = plan_table1("short", ["trained"], [block["dataset"]], [method])
         trainings = [job for job in planned if job.notebook == "run_train" and not training_label(job.name)]
