@@ -4,9 +4,10 @@ import torch
 from statistics import NormalDist
 from torch import nn
 
-from robustint.core import make_generator
+from house import ROOT
+from robustint.core import make_generator, read_record
 from robustint.data import load_dataset
-from robustint.evaluation import accuracy, correct, masking_warnings, robust_accuracy, seed_interval, wilson_interval
+from robustint.evaluation import accuracy, correct, masking_warnings, pixel_thresholds, robust_accuracy, seed_interval, wilson_interval
 from robustint.models import make_model
 
 
@@ -104,3 +105,39 @@ def test_looking_for_masked_gradients_leaves_the_network_alone():
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items()) and network.training
     with pytest.raises(ValueError, match="255"):
         masking_warnings(network, torch.full((5, 1, 8, 8), 200.), torch.tensor([0, 1, 2, 0, 1]))
+
+
+# --- filters that are thresholds ---------------------------------------------------------------------------------------
+
+def test_a_filter_of_one_pixel_opens_at_its_threshold():
+    layer = nn.Conv2d(1, 8, 4)
+    with torch.no_grad():
+        layer.weight.zero_()[:, 0, 1, 2] = torch.rand(8, generator=make_generator(0)) + 0.5
+        layer.bias.copy_(-torch.rand(8, generator=make_generator(1)))
+    found = pixel_thresholds(layer)
+    assert found["single"].all() and torch.allclose(found["share"], torch.ones(8))
+    for k, value in enumerate(found["threshold"]):
+        below, above = (layer(torch.full((1, 1, 4, 4), value.item() + shift))[0, k].item() for shift in (-1e-3, 1e-3))
+        assert below < 0 < above
+
+
+def test_a_filter_that_waits_for_darkness_or_weighs_little_or_several_pixels_is_no_threshold():
+    layer = nn.Conv2d(1, 4, 2)
+    with torch.no_grad(): layer.weight.copy_(torch.tensor([[1., 0, 0, 0], [-1, 0, 0, 0], [0.05, 0, 0, 0], [0.8, 0.2, 0, 0]]).view(4, 1, 2, 2))
+    assert pixel_thresholds(layer)["single"].tolist() == [True, False, False, False]
+    assert pixel_thresholds(layer, share=0.7, strength=0)["single"].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), nn.Conv2d(1, 1, 2, bias=False), make_model("small", channels=1)])
+def test_what_is_no_convolution_with_bias_is_refused(layer):
+    with pytest.raises(TypeError, match="model.convolutions\\[0\\]"): pixel_thresholds(layer)
+
+
+def test_thresholds_were_measured_under_the_attack_of_table_1():
+    "From the image, the committed accuracies are those of Table 1's records."
+    found = sorted((ROOT / "data/records").glob("*-thresholds200.json"))
+    assert len(found) >= 25
+    for path in found:
+        cells = {cell["eps"]: cell["accuracy"] for cell in read_record(path)["metrics"]["cells"] if not cell["random_start"]}
+        table = {cell["eps"]: cell["accuracy"] for cell in read_record(path.with_name(path.name.replace("thresholds200", "pgd200")))["metrics"]["cells"]}
+        assert set(cells) == {0.3, 0.35} and all(abs(accuracy - table[eps]) <= 0.005 for eps, accuracy in cells.items()), path.name
