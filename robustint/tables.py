@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'COLUMNS', 'read_paper_table', 'command_for', 'find_done', 'list_cells', 'list_unmoved',
            'find_interval', 'median_interval', 'summarise_cells', 'compare', 'find_differences', 'is_exchanged',
-           'compare_rows', 'judge_rows', 'list_costs', 'format_cell', 'to_markdown', 'spread_cells', 'write_blocks',
-           'plot_table']
+           'compare_rows', 'judge_rows', 'list_costs', 'tell_epochs', 'format_cell', 'to_markdown', 'spread_cells',
+           'write_blocks', 'plot_table']
 
 # %% ../nbs/81_tables.ipynb #b0acb27d
+from collections.abc import Iterable
 from pathlib import Path
 
 # %% ../nbs/81_tables.ipynb #2c4cfc1d
@@ -214,6 +215,18 @@ def list_costs(
         machines = " or ".join(dict.fromkeys(record["machine"].partition(",")[0] for record in records))
         lines.append([weights, METHODS[method].title, str(len(logs)), f"{len(logs[0])}{more}", f"{hours:.2f}", f"{epoch:.0f}", port, machines])
     return lines
+
+# %% ../nbs/81_tables.ipynb #98ba6ef9
+def tell_epochs(
+    names:Iterable[str|None], # ids of trainings, as often as they stand behind a table; None: of a network that was not trained here
+    records:Path, # folder of their records; one that is not there is passed over
+    schedules:dict, # data set -> "paper" -> epochs: the section `training` of the params file
+) -> str: # a sentence; nothing where no network was trained here
+    "How long the networks trained here were trained, and how long the paper's."
+    made = [read_record(records/f"{name}.json")["parameters"] for name in dict.fromkeys(names) if name and (records/f"{name}.json").is_file()]
+    kinds = {(DATASETS[p["dataset"]], MODELS[p["architecture"]], p["epochs"], schedules.get(p["dataset"], {}).get("paper", {}).get("epochs")): None for p in made}
+    words = [f"{data}, {model}: {epochs} epoch{'s' * (epochs > 1)}" + (f" in place of the paper's {full}" if full and full != epochs else "") for data, model, epochs, full in kinds]
+    return f"`trained`: networks trained here ({'; '.join(words)})." if words else ""
 
 # %% ../nbs/81_tables.ipynb #8accf0a3
 def format_cell(
