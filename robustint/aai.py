@@ -90,6 +90,8 @@ def climb(
     "Ascent in the l-infinity ball from a random start; eps = 0 returns the images."
     length = check_steps(steps, step_size)
     if eps == 0: return images.clone()
+    if start is not None and not (start.abs() <= eps * (1 + 1e-5)).all(): # NaN is refused too
+        raise ValueError(f"start must hold perturbations from -eps to eps, here {eps:g}; got values up to {start.abs().max():g}: subtract the images, or draw it with protocol_draws")
     ball = Linf(eps)
     first = ball.random_start(images, generator) if start is None else ball.projection(images)(images + start)
     return ascend(objective, images, ball, steps=steps, step_size=length, start=first)
@@ -156,6 +158,7 @@ def discrepancy_attack(
         count = check_aai(network, images, labels, start)
         if classes == "2-class" and targets is None: raise ValueError("2-class needs targets, the second class of each image: draw them with protocol_targets")
         if targets is not None: check_labels(targets, len(images), count, name="targets")
+        if classes == "2-class" and (labels == targets).any(): raise ValueError(f"targets must differ from labels; image {int((labels == targets).nonzero()[0])} has its own label as target: draw them with protocol_targets")
         chosen, explain = class_set(classes, labels, labels if targets is None else targets, count), map_source(network, interpreter)
         with torch.no_grad(): benign = explain(images, chosen)[1]
         return climb(lambda points: map_distance(benign, explain(points, chosen)[1], norm=norm), images,

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASS_SETS', 'target_margin', 'class_set', 'double_head', 'map_source', 'map_distance', 'ClippedStep', 'check_sneak',
-           'per_image', 'sneak', 'smallest_radii', 'largest_weights', 'Sneaking', 'isa', 'normalised_discrepancy',
-           'usable_attacks', 'running_best', 'normalised_slope', 'SneakingReport', 'report_sneaking', 'mean_interval']
+           'per_image', 'sneak', 'smallest_radii', 'largest_weights', 'check_search', 'Sneaking', 'isa',
+           'normalised_discrepancy', 'usable_attacks', 'running_best', 'normalised_slope', 'SneakingReport',
+           'report_sneaking', 'mean_interval']
 
 # %% ../nbs/31_isa.ipynb #0929ebf4
 import copy
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attributions import INTERPRETERS, class_maps
-from .checks import check_eps, check_images, check_labels, check_logits, check_steps
+from .checks import check_eps, check_images, check_labels, check_logits, check_range, check_steps, check_whole
 from .discrepancy import class_distances, kendall_tau, pearson
 from .interpreters import gap_network, pick_classes
 from .models import Folded, evaluation_mode, fold
@@ -201,6 +202,21 @@ def largest_weights(
     if never.any(): best[never] = attack(low)[0][never]
     return low, best
 
+# %% ../nbs/31_isa.ipynb #f52d219f
+def check_search(
+    multiples:tuple, # radii as multiples of the smallest
+    norm:int, # of the discrepancy
+    bisections:int, # tries of each search
+    first_weight:float, # of the second search
+    largest_weight:float, # its upper end
+) -> None:
+    "The checks of `isa` on entry. ValueError with the remedy."
+    check_range("(0, inf)", **{f"multiples[{k}]": multiple for k, multiple in enumerate(multiples)}, first_weight=first_weight, largest_weight=largest_weight)
+    if any(b <= a for a, b in zip(multiples, multiples[1:])): raise ValueError(f"multiples must increase, as a report takes the best radius so far; got {tuple(multiples)}")
+    if first_weight > largest_weight: raise ValueError(f"first_weight must not be above largest_weight; got {first_weight:g} and {largest_weight:g}")
+    if norm not in (1, 2): raise ValueError(f"norm must be 1 or 2; got {norm!r}")
+    check_whole(1, bisections=bisections)
+
 # %% ../nbs/31_isa.ipynb #8018932d
 @dataclass
 class Sneaking:
@@ -228,6 +244,7 @@ def isa(
     plain:tuple=None, # what smallest_radii returned; None: look for it
 ) -> Sneaking: # K + 1 attacks
     "Interpretability sneaking attack with both its searches (Section 3, Fig. 2). ValueError for bad input."
+    check_search(multiples, norm, bisections, first_weight, largest_weight)
     network, found, count = fold(model, frozen=True), [], check_sneak(model, images, labels, targets, n)
     explain, chosen = map_source(network, interpreter), class_set(classes, labels, targets, count)
     radii, points = plain or smallest_radii(model, images, labels, targets, n=n, bisections=bisections, steps=steps)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .attributions import WithIntegratedGradients
+from .checks import check_range
 from .core import widen
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
@@ -167,5 +168,5 @@ def make_method(
     "A method of Table 1 by name. ValueError for an unknown name or scale."
     if name not in METHODS: raise ValueError(f"no method is called {name!r}: choose one of {', '.join(METHODS)}")
     if normalisation not in ("code", "paper"): raise ValueError(f"normalisation must be 'code' or 'paper'; got {normalisation!r}")
-    if not gamma >= 0: raise ValueError(f"gamma must be 0 or more; got {gamma}")
+    check_range("[0, inf)", gamma=gamma)
     return replace(METHODS[name], gamma=gamma, normalisation=normalisation)
