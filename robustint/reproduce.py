@@ -47,7 +47,7 @@ TARGETS = {
     ("icml2020_appendix_f", plan_blocks, "Appendix F: what gamma and eps of the training do; and Int with integrated gradients"),
     ("icml2020_appendix_g", plan_blocks, "Appendix G (Table A3): accuracy under PGD of 1, 10, 100 and 200 steps"),
     ("icml2020_appendix_h", plan_blocks, "Appendix H (Table A7): the network with max pooling"),
-    ("thresholds", plan_blocks, "why the networks of MNIST hold up to eps, and no further: filters that are thresholds"),
+    ("thresholds", plan_blocks, "what goes with holding up to eps on MNIST, and what hides beyond: filters that are thresholds"),
 )} | {name: Target(title, partial(planner, section), name, ("short", "paper", *["quick"] * (section == "interpretgan_table1"), "smoke"), True) for name, section, planner, title in (
     ("interpretgan_table1", "interpretgan_table1", plan_diagnosis, "Table 1: which layers an attack breaks, of a natural and of a robust network"),
     ("interpretgan_table2", "interpretgan_table2", plan_pooling, "Table 2: max against average pooling on MNIST"),
