@@ -320,7 +320,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="what can be reproduced, and what of it is done")
     one = commands.add_parser("reproduce", help="make a table, a figure or a report, running what is missing")
     add_selection(one)
-    one.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: the number of cores")
+    one.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="cores to use, so many runs of one thread side by side; default: all")
     one.add_argument("--threads", type=int, default=1, metavar="N", help="processor threads of a run, so that N times fewer run side by side; default: 1. For one long training")
     one.add_argument("--per-gpu", type=int, default=1, metavar="N", help="runs that share the graphics card; default: 1. Small networks fill a card only side by side")
     one.add_argument("--profile", help="a folder with Snakemake's settings for a cluster, for example profiles/slurm; default: this machine")

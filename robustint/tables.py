@@ -224,8 +224,8 @@ def tell_epochs(
 ) -> str: # a sentence; nothing where no network was trained here
     "How long the networks trained here were trained, and how long the paper's."
     made = [read_record(records/f"{name}.json")["parameters"] for name in dict.fromkeys(names) if name and (records/f"{name}.json").is_file()]
-    kinds = {(DATASETS[p["dataset"]], MODELS[p["architecture"]], p["epochs"], schedules.get(p["dataset"], {}).get("paper", {}).get("epochs")): None for p in made}
-    words = [f"{data}, {model}: {epochs} epoch{'s' * (epochs > 1)}" + (f" in place of the paper's {full}" if full and full != epochs else "") for data, model, epochs, full in kinds]
+    kinds = {(DATASETS[p["dataset"]], MODELS[p["architecture"]], p["epochs"], bool(p.get("start_from")), schedules.get(p["dataset"], {}).get("paper", {}).get("epochs")): None for p in made}
+    words = [f"{data}, {model}: {epochs}{' more' * more} epoch{'s' * (epochs > 1)}" + (f" in place of the paper's {full}" if full and full != epochs else "") for data, model, epochs, more, full in kinds]
     return f"`trained`: networks trained here ({'; '.join(words)})." if words else ""
 
 # %% ../nbs/81_tables.ipynb #8accf0a3
