@@ -3,7 +3,7 @@ from functools import partial
 
 import port
 import torch
-from common import SMOKE, cases, forward_flops, hold, load_images, run
+from common import SMOKE, cases, count_flops, forward_flops, hold, load_images, run
 
 from robustint.core import make_generator
 from robustint.models import fold, make_model
@@ -90,13 +90,22 @@ def count_step(name, case):
     return len(x) * forward_flops(model, x, maps=name == "int") * (2 * case["inner_steps"] + sides - 1 + 3 * sides) / 1e9
 
 
+def count_ig_norm(case):
+    """The same of IG-Norm. An inner step takes five points through the network forwards, back, and through both again for the second derivative; through the stem two images forwards,
+    the mean gradient back, and one tangent through both. The outer step passes the clean side, and needs the gradients of the weights in both of the later passes too."""
+    x, _, _, model = prepare(case)
+    whole, stem = forward_flops(model, x), count_flops(fold(model, frozen=True).stem, x)
+    inner = 5 * 4 * (whole - stem) + 5 * stem
+    return len(x) * (inner * (case["inner_steps"] + 1.5) + 3 * whole) / 1e9
+
+
 def measure(settings):
     "One race of all contestants."
     races = []
     for case in cases(settings).values():
         methods, alone = case.get("methods", ["int", "adv"]), "methods" in case
         checks = lambda _: {f"{name} port": compare_with_port(name, case) for name in methods}
-        gflop = {} if alone else {f"{name}, compiled": count_step(name, case) for name in methods}
+        gflop = {} if alone else {f"{name}, compiled": count_step(name, case) for name in methods} | {"ig_norm": count_ig_norm(case)}
         pairs = [(f"{name} port", name) for name in methods] if alone else PAIRS
         torch.set_num_threads(case["threads"])
         entry = hold(case["title"], make_core if alone else make, case, pairs=lambda _: pairs, gflop=gflop, checks=checks, n=case["images"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'same_padding', 'phase_kernels', 'interleave_phases', 'gradient_phases', 'StridedConvolution',
-           'convolve_same', 'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model', 'spread_weights', 'mean_map',
-           'Folded', 'weigh_cams', 'fold', 'evaluation_mode']
+           'StridedTranspose', 'convolve_same', 'GapNetwork', 'Small', 'Pool', 'WResnet', 'make_model',
+           'spread_weights', 'mean_map', 'Folded', 'weigh_cams', 'fold', 'evaluation_mode']
 
 # %% ../nbs/11_models.ipynb #77c3c7af
 import contextlib
@@ -61,7 +61,7 @@ def gradient_phases(
 
 # %% ../nbs/11_models.ipynb #9e5b4d22
 class StridedConvolution(torch.autograd.Function):
-    "A convolution of stride 2 whose input gradient is a stride-1 convolution and an interleaving; twice differentiable."
+    "A convolution of stride 2 whose input gradient is a stride-1 convolution and an interleaving; differentiable any number of times."
 
     @staticmethod
     def forward(ctx, x, weight, bias, padding):
@@ -72,16 +72,30 @@ class StridedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        p = ctx.padding
         at_x = at_weight = at_bias = None
-        if ctx.needs_input_grad[0]:
-            padded = interleave_phases(gradient_phases(grad, weight))
-            at_x = padded[:, :, p:p + x.shape[2], p:p + x.shape[3]]
-        if ctx.needs_input_grad[1]:
-            at_weight = nn.grad.conv2d_weight(x, weight.shape, grad, stride=2, padding=p)
-        if ctx.needs_input_grad[2]:
-            at_bias = grad.sum((0, 2, 3))
+        if ctx.needs_input_grad[0]: at_x = StridedTranspose.apply(grad, weight, tuple(x.shape[2:]), ctx.padding)
+        if ctx.needs_input_grad[1]: at_weight = nn.grad.conv2d_weight(x, weight.shape, grad, stride=2, padding=ctx.padding)
+        if ctx.needs_input_grad[2]: at_bias = grad.sum((0, 2, 3))
         return at_x, at_weight, at_bias, None
+
+# %% ../nbs/11_models.ipynb #376b04cb
+class StridedTranspose(torch.autograd.Function):
+    "From the gradient at the output of a convolution of stride 2 to that at its input, of height and width `size`."
+
+    @staticmethod
+    def forward(ctx, grad, weight, size, padding):
+        ctx.save_for_backward(grad, weight)
+        ctx.padding = padding
+        padded = interleave_phases(gradient_phases(grad, weight))
+        return padded[:, :, padding:padding + size[0], padding:padding + size[1]]
+
+    @staticmethod
+    def backward(ctx, x):
+        grad, weight = ctx.saved_tensors
+        at_grad = at_weight = None
+        if ctx.needs_input_grad[0]: at_grad = StridedConvolution.apply(x, weight, None, ctx.padding)
+        if ctx.needs_input_grad[1]: at_weight = nn.grad.conv2d_weight(x, weight.shape, grad, stride=2, padding=ctx.padding)
+        return at_grad, at_weight, None, None
 
 # %% ../nbs/11_models.ipynb #48c68b65
 def convolve_same(
@@ -108,7 +122,7 @@ class GapNetwork(nn.Module):
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
         own = [name for name in ("features", "logits_and_cams", "forward") if name in vars(cls)]
-        if own: raise TypeError(f"{cls.__name__} must not define {own[0]}: folding knows a GapNetwork by trunk and tail alone; put a normalisation at the beginning of trunk")
+        if own: raise TypeError(f"{cls.__name__} must not define {own[0]}: folding knows a GapNetwork by stem, trunk and tail alone; put a normalisation at the beginning of stem")
 
     def __init__(self, shapes, features, classes, generator=None):
         super().__init__()
@@ -125,9 +139,13 @@ class GapNetwork(nn.Module):
         layer = self.convolutions[i]
         return convolve_same(x, layer.weight, layer.bias, layer.stride[0])
 
+    def stem(self, images):
+        "What comes before the first non-linearity, affine in the images: here nothing."
+        return images
+
     def features(self, images):
         "The last features A, (N, K, h, w)."
-        branches = zip(self.trunk(images), self.tail())
+        branches = zip(self.trunk(self.stem(images)), self.tail())
         return sum(a if layer is None else convolve_same(a, layer.weight, layer.bias) for a, layer in branches)
 
     def logits_and_cams(self, images):
@@ -145,7 +163,8 @@ class Small(GapNetwork):
     def __init__(self, channels:int=1, classes:int=10, *, generator=None):
         super().__init__([(channels, 16, 4, 2), (16, 32, 4, 2), (32, 100, 7, 1)], 100, classes, generator)
 
-    def trunk(self, images): return (self.convolve(1, self.convolve(0, images).relu()).relu(),)
+    def stem(self, images): return self.convolve(0, images)
+    def trunk(self, x): return (self.convolve(1, x.relu()).relu(),)
     def tail(self): return (self.convolutions[2],)
 
 # %% ../nbs/11_models.ipynb #1e6adbe1
@@ -155,10 +174,8 @@ class Pool(GapNetwork):
     def __init__(self, channels:int=1, classes:int=10, *, generator=None):
         super().__init__([(channels, 32, 5, 1), (32, 64, 5, 1)], 64, classes, generator)
 
-    def trunk(self, images):
-        x = F.max_pool2d(self.convolve(0, images), 2)
-        return (F.max_pool2d(self.convolve(1, x.relu()), 2),)
-
+    def stem(self, images): return self.convolve(0, images)
+    def trunk(self, x): return (F.max_pool2d(self.convolve(1, F.max_pool2d(x, 2).relu()), 2),)
     def tail(self): return (None,)
 
 # %% ../nbs/11_models.ipynb #f281c358
@@ -180,8 +197,9 @@ class WResnet(GapNetwork):
         side = (layer.out_channels - layer.in_channels) // 2
         return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, side, side))
 
-    def trunk(self, images):
-        x = self.convolve(0, images)
+    def stem(self, images): return self.convolve(0, images)
+
+    def trunk(self, x):
         for i in range(1, len(self.convolutions), 2):
             inner, shortcut = self.convolve(i, x.relu()).relu(), self.shortcut(x, self.convolutions[i])
             if i + 2 < len(self.convolutions): x = self.convolve(i + 1, inner) + shortcut
@@ -242,9 +260,7 @@ class Folded(nn.Module):
 
     def kernels(self):
         "For each branch of the trunk the kernel that leads to the C maps."
-        head = self.model.head
-        return [head[:, :, None, None] if layer is None else torch.einsum("ck,kihw->cihw", head, layer.weight)
-                for layer in self.model.tail()]
+        return [self.model.head[:, :, None, None] if layer is None else torch.einsum("ck,kihw->cihw", self.model.head, layer.weight) for layer in self.model.tail()]
 
     def bias(self):
         "What the biases of the tail add to each map, (C,)."
@@ -253,15 +269,17 @@ class Folded(nn.Module):
     def logits_and_cams(self, images):
         "Logits (N, C), and the maps of all classes without the 1/u of eq. 1, (N, C, h, w)."
         kernels, bias = self.constant("kernels", self.kernels), self.constant("bias", self.bias)
-        cams = sum(convolve_same(a, k) for a, k in zip(self.model.trunk(images), kernels)) + bias[:, None, None]
+        cams = sum(convolve_same(a, k) for a, k in zip(self.model.trunk(self.stem(images)), kernels)) + bias[:, None, None]
         return cams.mean((2, 3)), cams
 
     def cams(self, images): return self.logits_and_cams(images)[1]
+    def stem(self, images): return self.model.stem(images)
+    def forward(self, images): return self.rest(self.stem(images))
 
-    def forward(self, images):
-        activations = self.model.trunk(images)
-        size = tuple(activations[0].shape[2:])
-        flat = lambda maps: maps.permute(0, 2, 3, 1).flatten(1) # channels last, as a frozen copy holds its activations: no copy
+    def rest(self, x):
+        "The logits, from what the stem gives."
+        activations = self.model.trunk(x)
+        size, flat = tuple(activations[0].shape[2:]), lambda maps: maps.permute(0, 2, 3, 1).flatten(1) # channels last, as a frozen copy holds its activations: no copy
         means = self.constant(size, lambda: [flat(mean_map(k, size)).T for k in self.constant("kernels", self.kernels)])
         return sum(flat(a) @ m for a, m in zip(activations, means)) + self.constant("bias", self.bias)
 
@@ -273,7 +291,7 @@ def weigh_cams(
     "The weighted sum of the maps of all classes, without the 1/u of eq. 1, as a function of the images."
     forms = [spread_weights(weights, kernel) for kernel in network.constant("kernels", network.kernels)]
     constant = weights.sum((2, 3)) @ network.constant("bias", network.bias)
-    return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(network.model.trunk(images), forms)) + constant
+    return lambda images: sum((a * form).sum((1, 2, 3)) for a, form in zip(network.model.trunk(network.stem(images)), forms)) + constant
 
 # %% ../nbs/11_models.ipynb #38d44e10
 def fold(

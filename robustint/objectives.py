@@ -18,6 +18,7 @@ from .checks import check_range
 from .core import widen
 from .discrepancy import class_distances, soft_discrepancy
 from .interpreters import pick_classes
+from .models import Folded
 
 # %% ../nbs/40_objectives.ipynb #6659faf1
 class Pair:
@@ -93,13 +94,15 @@ def attribution_norm(
     points:int=5, # of the path from x to x'
 ) -> torch.Tensor: # (N,)
     "The l1 norm of the integrated gradients of the loss from x to x', with the loss averaged over the batch."
-    offset, n = pair.perturbed - pair.images, len(pair.images)
-    shares = torch.arange(1, points + 1, device=offset.device, dtype=offset.dtype).view(-1, 1, 1, 1, 1) / points
-    path = (pair.images + shares * offset).flatten(0, 1)
-    if not path.requires_grad: path.requires_grad_()
-    loss = F.cross_entropy(widen(pair.network(path)), pair.labels.repeat(points), reduction="sum") / pair.whole
-    gradient, = torch.autograd.grad(loss, path, create_graph=True)
-    return (offset * gradient.unflatten(0, (points, n)).mean(0)).flatten(1).abs().sum(1)
+    network, end = pair.network, pair.perturbed if pair.perturbed.requires_grad else pair.perturbed.detach().clone().requires_grad_()
+    stem, rest = (network.stem, network.rest) if isinstance(network, Folded) else (torch.clone, network) # a stem that does nothing
+    first, last = widen(stem(pair.images)), widen(stem(end))
+    shares = torch.arange(1, points + 1, device=last.device, dtype=last.dtype).view(-1, 1, 1, 1, 1) / points
+    path = (first + shares * (last - first)).flatten(0, 1)
+    loss = F.cross_entropy(widen(rest(path)), pair.labels.repeat(points), reduction="sum") / pair.whole
+    slopes, = torch.autograd.grad(loss, path, create_graph=True)
+    gradient, = torch.autograd.grad(last, end, slopes.unflatten(0, (points, len(end))).mean(0), create_graph=True)
+    return ((end - pair.images) * gradient).flatten(1).abs().sum(1)
 
 # %% ../nbs/40_objectives.ipynb #198df622
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_evaluation_mode_restores_every_module_after_an_error():
 
 
 def test_any_network_with_a_gap_head_can_be_folded():
-    """A user's own architecture needs `trunk` and `tail`, nothing else."""
+    """A user's own architecture needs `trunk` and `tail`, and no `stem`."""
 
     class Own(GapNetwork):
         def __init__(self):
@@ -129,7 +129,7 @@ def test_any_network_with_a_gap_head_can_be_folded():
 
 def test_a_network_that_folding_would_not_know_is_not_folded():
     "A forward of one's own, or a hook, would be passed by without a word."
-    with pytest.raises(TypeError, match="Normed must not define forward.*beginning of trunk"):
+    with pytest.raises(TypeError, match="Normed must not define forward.*beginning of stem"):
         type("Normed", (ARCHITECTURES["small"],), {"forward": lambda self, images: super().forward(images - 0.5)})
     model, images = network_and_images("small", 1, 28)
     model.register_forward_hook(lambda module, given, logits: -logits)

@@ -91,6 +91,20 @@ def test_attribution_norm_is_the_sum_over_five_points_one_by_one():
     torch.testing.assert_close(attribution_norm(Pair(fold(network), images, labels, perturbed)), expected, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("architecture, channels, side", [("small", 1, 28), ("pool", 1, 12), ("wresnet", 3, 8)])
+def test_the_stem_apart_changes_neither_the_attribution_norm_nor_its_gradients(architecture, channels, side):
+    "Folded, the points are mixed after the stem; unfolded, they are images. In double precision, by points and by weights."
+    network = make_model(architecture, channels=channels, generator=make_generator(0)).double().eval()
+    images, end = torch.rand(2, 3, channels, side, side, generator=make_generator(1), dtype=torch.float64)
+    end, labels = end.requires_grad_(), torch.tensor([0, 1, 2])
+    assert fold(network).stem(images).shape != images.shape, "there is a stem"
+    values = [attribution_norm(Pair(form, images, labels, end)) for form in (network, fold(network))]
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    slopes = [torch.autograd.grad(value.sum(), [end, *network.parameters()], allow_unused=True) for value in values]
+    assert slopes[0][0].abs().max() > 0 and slopes[0][1].abs().max() > 0
+    for plain, apart in zip(*slopes): torch.testing.assert_close(plain, apart, rtol=1e-7, atol=1e-12)
+
+
 def test_gamma_in_both_scales():
     network = fresh()
     for name, positions in (("int", 98), ("int_one_class", 49)):
