@@ -123,6 +123,8 @@ class GapNetwork(nn.Module):
         super().__init_subclass__(**more)
         own = [name for name in ("features", "logits_and_cams", "forward") if name in vars(cls)]
         if own: raise TypeError(f"{cls.__name__} must not define {own[0]}: folding knows a GapNetwork by stem, trunk and tail alone; put a normalisation at the beginning of stem")
+        if "trunk" in vars(cls) and "stem" not in vars(cls) and cls.stem is not GapNetwork.stem:
+            raise TypeError(f"{cls.__name__} defines trunk, and would be given what the stem it inherits returns: define stem as well, or write stem = {cls.__base__.__name__}.stem to keep that one")
 
     def __init__(self, shapes, features, classes, generator=None):
         super().__init__()
@@ -139,9 +141,7 @@ class GapNetwork(nn.Module):
         layer = self.convolutions[i]
         return convolve_same(x, layer.weight, layer.bias, layer.stride[0])
 
-    def stem(self, images):
-        "What comes before the first non-linearity, affine in the images: here nothing."
-        return images
+    def stem(self, images): return images # what comes before the first non-linearity, affine in the images: here nothing
 
     def features(self, images):
         "The last features A, (N, K, h, w)."

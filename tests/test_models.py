@@ -131,6 +131,8 @@ def test_a_network_that_folding_would_not_know_is_not_folded():
     "A forward of one's own, or a hook, would be passed by without a word."
     with pytest.raises(TypeError, match="Normed must not define forward.*beginning of stem"):
         type("Normed", (ARCHITECTURES["small"],), {"forward": lambda self, images: super().forward(images - 0.5)})
+    with pytest.raises(TypeError, match="Normed defines trunk.*write stem = Small.stem"): # written for images, it would be given the stem's output
+        type("Normed", (ARCHITECTURES["small"],), {"trunk": lambda self, images: super().trunk(images - 0.5)})
     model, images = network_and_images("small", 1, 28)
     model.register_forward_hook(lambda module, given, logits: -logits)
     assert fold(model, frozen=True) is model and torch.equal(fold(model)(images), model(images))
